@@ -1,0 +1,144 @@
+"""Configuration: frozen dataclasses <- YAML files <- `key=value` words.
+
+Every dataclass stands beside the code it configures and holds the defaults; the files in `conf/`
+hold differences only. OmegaConf merges and checks types here and nowhere else: the rest of the
+project sees frozen dataclasses.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wm import WMError
+
+T = TypeVar("T")
+
+_HERE = Path(__file__).parent
+CONF = (
+    _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
+)  # installed : checkout
+GROUPS = ("env", "scale")  # `env=takecover` picks conf/env/takecover.yaml
+
+
+class ConfigError(WMError):
+    """An unknown key, a wrong type or a value out of range."""
+
+
+def bounded(default: float, low: float | None = None, high: float | None = None) -> Any:
+    """A dataclass field that `load` accepts only within [low, high]."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high})
+
+
+def load(schema: type[T], words: Sequence[str], conf: Path = CONF) -> T:
+    """Build `schema` from conf/config.yaml, the chosen env and scale, and `key=value` words.
+
+    A scale file may hold a section named after a game: it applies to that game alone.
+
+    Raises:
+        ConfigError: naming the offending key and the nearest valid one.
+    """
+    if malformed := [word for word in words if "=" not in word]:
+        raise ConfigError(f"'{malformed[0]}' is not of the form key=value")
+    chosen = dict(word.split("=", 1) for word in words if word.split("=", 1)[0] in GROUPS)
+    overrides = [word for word in words if word.split("=", 1)[0] not in GROUPS]
+
+    base = OmegaConf.load(conf / "config.yaml")
+    env = chosen.get("env", base.env.name)
+    scale = chosen.get("scale", base.scale)
+    env_layer = OmegaConf.load(_choice(conf, "env", env))
+    scale_layer = OmegaConf.load(_choice(conf, "scale", scale))
+    games = {name: scale_layer.pop(name) for name in choices(conf, "env") if name in scale_layer}
+    names = OmegaConf.create({"env": {"name": env}, "scale": scale})
+    layers = [base, env_layer, scale_layer, games.get(env, OmegaConf.create()), names]
+    return merge(schema, *layers, _dotlist(overrides))
+
+
+def merge(schema: type[T], *layers: Any) -> T:
+    """Merge plain or OmegaConf mappings, later ones over earlier ones, into a checked `schema`.
+
+    Raises:
+        ConfigError: naming the offending key and the nearest valid one.
+    """
+    tree = OmegaConf.structured(schema)
+    try:
+        for layer in layers:
+            tree = OmegaConf.merge(tree, layer)
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(schema, error)) from None
+    for key, value, low, high in _bounds(config):
+        if (low is not None and value < low) or (high is not None and value > high):
+            nearest = low if low is not None and value < low else high
+            raise ConfigError(
+                f"{key}={value} is out of range; the nearest valid value is {nearest}"
+            )
+    return config
+
+
+def choices(conf: Path, group: str) -> list[str]:
+    """The names in a group, for instance the games under conf/env."""
+    return sorted(path.stem for path in (conf / group).glob("*.yaml"))
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """The configuration as nested dicts of plain values (what is hashed, saved and logged)."""
+    return OmegaConf.to_container(OmegaConf.structured(config))
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys (what MLflow shows as parameters)."""
+    items: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict)
+        items |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return items
+
+
+def to_yaml(config: Any) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def from_yaml(schema: type[T], path: Path, words: Sequence[str] = ()) -> T:
+    """Read a resolved configuration back, with `key=value` words on top."""
+    return merge(schema, OmegaConf.load(path), _dotlist(words))
+
+
+def _dotlist(words: Sequence[str]) -> Any:
+    try:
+        return OmegaConf.from_dotlist(list(words))
+    except Exception as error:  # the YAML parser's own errors, of many classes
+        raise ConfigError(f"cannot read {' '.join(words)}: {error}") from None
+
+
+def _choice(conf: Path, group: str, name: str) -> Path:
+    if name not in choices(conf, group):
+        valid = choices(conf, group)
+        nearest = (difflib.get_close_matches(str(name), valid, n=1) or valid)[0]
+        raise ConfigError(
+            f"{group}={name} is unknown; did you mean {nearest}? ({', '.join(valid)})"
+        )
+    return conf / group / f"{name}.yaml"
+
+
+def _explain(schema: type, error: OmegaConfBaseException) -> str:
+    key = str(error.full_key or error.key)
+    keys = list(flat(plain(schema())))
+    if key in keys:
+        return f"{key}: {str(error.msg or error).splitlines()[0]}"
+    by_leaf = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
+    nearest = (by_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.0))[0]
+    return f"unknown key '{key}'; did you mean '{nearest}'?"
+
+
+def _bounds(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, Any]]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _bounds(value, f"{prefix}{field.name}.")
+        elif field.metadata:
+            yield f"{prefix}{field.name}", value, field.metadata["low"], field.metadata["high"]
