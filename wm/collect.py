@@ -1,0 +1,81 @@
+"""Play episodes in many processes and keep them: a shard of a fixed range of seeds is one task."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from gymnasium.vector import VectorEnv
+from tqdm import tqdm
+
+from wm import WMError
+from wm.config import bounded
+from wm.envs import FRAME, EnvConfig, make_env
+from wm.episodes import Episode, Recorder, write_shard
+from wm.rollout import Policy, rollout
+from wm.workers import Player, Workers, time_limit
+
+SHARD_EPISODES = 4
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    episodes: int = bounded(200, 2)  # in each round
+    policy: Literal["brownian", "linear", "uniform"] = "brownian"  # of the first round
+    noise: float = bounded(0.1, 0.0)  # on the controller's actions in later rounds
+
+
+def record(env: EnvConfig, player: Player, seeds: Sequence[int]) -> list[Episode]:
+    """Play the seeds one after the other in one game and keep everything."""
+    game = Recorder(make_env(env))
+    try:
+        envs, policy = player(game)
+        return [_episode(game, envs, policy, seed) for seed in seeds]
+    finally:
+        game.close()
+
+
+def _episode(game: Recorder, envs: VectorEnv, policy: Policy, seed: int) -> Episode:
+    rollout(envs, policy, [seed])
+    return game.episode()
+
+
+def shard_folder(folder: Path, seeds: Sequence[int]) -> Path:
+    return folder / f"shard-{seeds[0]:010d}"
+
+
+def record_shard(env: EnvConfig, player: Player, folder: Path, seeds: Sequence[int]) -> None:
+    write_shard(shard_folder(folder, seeds), record(env, player, seeds))
+
+
+def collect(
+    env: EnvConfig, player: Player, seeds: Sequence[int], folder: Path, workers: Workers
+) -> None:
+    """Fill `folder` with one shard per SHARD_EPISODES seeds; shards that exist are kept.
+
+    Raises:
+        WMError: if the disk cannot hold the estimate, or a game fails again and again.
+    """
+    chunks = [seeds[i : i + SHARD_EPISODES] for i in range(0, len(seeds), SHARD_EPISODES)]
+    missing = [chunk for chunk in chunks if not shard_folder(folder, chunk).exists()]
+    _check_disk(env, sum(map(len, missing)), folder)
+    task = partial(record_shard, env, player, folder)
+    shards = workers.map(task, missing, time_limit(env, SHARD_EPISODES))
+    kept = (len(chunks) - len(missing)) * SHARD_EPISODES
+    with tqdm(total=len(seeds), initial=kept, desc="collect", unit="episode") as progress:
+        for chunk, _ in zip(missing, shards, strict=True):
+            progress.update(len(chunk))
+
+
+def _check_disk(env: EnvConfig, episodes: int, folder: Path) -> None:
+    frame_bytes = FRAME[0] * FRAME[1] * FRAME[2]
+    need = episodes * (env.typical_steps + 1) * frame_bytes
+    free = shutil.disk_usage(folder).free
+    print(f"collect: {episodes} episodes, about {need / 1e9:.2f} GB; {free / 1e9:.1f} GB free")
+    if need > free:
+        raise WMError(
+            f"the episodes need about {need / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB "
+            "free; lower collect.episodes or point `runs=` to a larger disk"
+        )

@@ -1,0 +1,182 @@
+"""Episodes on disk: uint8 frames in memory-mapped shards, with what was done and what came of it.
+
+A shard is a folder of plain .npy files and an index; it appears whole or not at all. The frames of
+an episode of T steps are T+1: the last one is what the final action led to.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from wm import WMError
+from wm.files import sha256
+
+VALIDATION_EVERY = 10  # every tenth episode is for validation
+
+
+@dataclass(frozen=True)
+class Episode:
+    """T steps: frames [T+1,64,64,3] uint8, actions [T,A] float32, rewards [T] float32."""
+
+    seed: int
+    frames: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminated: bool  # the game ended it; a truncated one was cut at the official length
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class EpisodeIndex:
+    """What the index of a shard says of one episode."""
+
+    seed: int
+    steps: int
+    episode_return: float
+    terminated: bool
+    truncated: bool
+
+
+class Recorder(gym.Wrapper):
+    """Keeps the current episode of a game; put it below whatever the policy looks through."""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        frame, info = self.env.reset(seed=seed, options=options)
+        self.seed, self.frames, self.actions, self.rewards = seed, [frame], [], []
+        self.terminated = self.truncated = False
+        return frame, info
+
+    def step(self, action: np.ndarray):
+        frame, reward, self.terminated, self.truncated, info = self.env.step(action)
+        self.frames.append(frame)
+        self.actions.append(np.array(action, np.float32))
+        self.rewards.append(reward)
+        return frame, reward, self.terminated, self.truncated, info
+
+    def episode(self) -> Episode:
+        actions, rewards = np.stack(self.actions), np.array(self.rewards, np.float32)
+        frames = np.stack(self.frames)
+        return Episode(
+            self.seed, frames, actions, rewards, bool(self.terminated), bool(self.truncated)
+        )
+
+
+def write_shard(folder: Path, episodes: Sequence[Episode]) -> None:
+    """Write a shard: into a temporary folder beside the target, synced, then renamed.
+
+    Raises:
+        WMError: if the disk is full; nothing partial is left.
+    """
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+        for name in ("frames", "actions", "rewards"):
+            array = np.concatenate([getattr(episode, name) for episode in episodes])
+            with open(partial / f"{name}.npy", "wb") as file:
+                np.save(file, array)
+                file.flush()
+                os.fsync(file.fileno())
+        index = [
+            EpisodeIndex(e.seed, len(e.actions), float(e.rewards.sum()), e.terminated, e.truncated)
+            for e in episodes
+        ]
+        hashes = {path.name: sha256(path) for path in sorted(partial.glob("*.npy"))}
+        record = {"episodes": [asdict(entry) for entry in index], "sha256": hashes}
+        (partial / "index.json").write_text(json.dumps(record, indent=1))
+        os.replace(partial, folder)
+    except OSError as error:
+        raise WMError(
+            f"cannot write {folder}: {error.strerror}; free some disk and rerun"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class Shard:
+    """One shard, read-only, memory-mapped."""
+
+    def __init__(self, folder: Path):
+        try:
+            record = json.loads((folder / "index.json").read_text())
+            self.index = [EpisodeIndex(**entry) for entry in record["episodes"]]
+            self.frames = np.load(folder / "frames.npy", mmap_mode="r")
+            self.actions = np.load(folder / "actions.npy")
+            self.rewards = np.load(folder / "rewards.npy")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise WMError(
+                f"{folder} is damaged ({error}); delete it and collect again: only what is "
+                "missing is played"
+            ) from error
+        steps = sum(entry.steps for entry in self.index)
+        if len(self.frames) != steps + len(self.index) or len(self.actions) != steps:
+            raise WMError(f"{folder} is damaged (lengths disagree); delete it and collect again")
+
+
+class EpisodeStore:
+    """All episodes of some folders of shards, in a fixed order, seen as one sequence of frames.
+
+    Episode e of T steps owns the T+1 frames from `first_frame[e]` on.
+    """
+
+    def __init__(self, folders: Sequence[Path]):
+        paths = [path for folder in folders for path in sorted(Path(folder).glob("shard-*"))]
+        self.shards = [Shard(path) for path in paths]
+        self.index = [entry for shard in self.shards for entry in shard.index]
+        if not self.index:
+            raise WMError(f"no episodes in {', '.join(map(str, folders))}; run `wm collect` first")
+        self.steps = np.array([entry.steps for entry in self.index])
+        self.first_frame = np.cumsum(np.append(0, self.steps + 1))[:-1]
+        self.shard_starts = np.cumsum([0] + [len(shard.frames) for shard in self.shards])
+        self.places = [
+            (shard, i) for shard in range(len(paths)) for i in range(len(self.shards[shard].index))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, number: int) -> Episode:
+        shard_number, i = self.places[number]
+        shard, entry = self.shards[shard_number], self.index[number]
+        step = sum(earlier.steps for earlier in shard.index[:i])
+        frames = shard.frames[step + i : step + i + entry.steps + 1]
+        steps = slice(step, step + entry.steps)
+        actions, rewards = shard.actions[steps], shard.rewards[steps]
+        return Episode(entry.seed, frames, actions, rewards, entry.terminated, entry.truncated)
+
+    @property
+    def total_frames(self) -> int:
+        return int(self.shard_starts[-1])
+
+    def frames(self, numbers: np.ndarray) -> np.ndarray:
+        """Gather frames [B,64,64,3] by their numbers in the whole store, any order."""
+        batch = np.empty((len(numbers), *self.shards[0].frames.shape[1:]), np.uint8)
+        owner = np.searchsorted(self.shard_starts, numbers, side="right") - 1
+        for shard in np.unique(owner):
+            mine = owner == shard
+            batch[mine] = self.shards[shard].frames[numbers[mine] - self.shard_starts[shard]]
+        return batch
+
+    def split(self) -> tuple[np.ndarray, np.ndarray]:
+        """Episode numbers for training and for validation: whole episodes, never frames."""
+        numbers = np.arange(len(self))
+        validation = numbers % VALIDATION_EVERY == VALIDATION_EVERY - 1
+        if not validation.any():
+            validation = numbers == numbers[-1]
+        return numbers[~validation], numbers[validation]
+
+    def summary(self) -> dict[str, Any]:
+        returns = np.array([entry.episode_return for entry in self.index])
+        return {
+            "episodes": len(self),
+            "steps": int(self.steps.sum()),
+            "return_mean": float(returns.mean()),
+            "return_std": float(returns.std()),
+        }

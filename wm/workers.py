@@ -1,0 +1,126 @@
+"""Real games in a pool of processes: a few seeds in, their episodes out.
+
+A task is the retryable unit: it builds its own game and its result depends on its seeds alone, so
+neither the number of processes nor the death of one changes anything.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import TimeoutError
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import gymnasium as gym
+import torch
+from gymnasium.vector import VectorEnv
+from pebble import ProcessExpired, ProcessPool
+
+from wm import WMError
+from wm.envs import EnvConfig, as_vector, make_env
+from wm.rollout import RANDOM_POLICIES, Policy, rollout
+
+ATTEMPTS = 3
+SECONDS_PER_STEP = 0.5  # a game slower than this by far is stuck, and its process is replaced
+
+
+class Player(Protocol):
+    """Who plays: picklable, so that every process can seat its own at a game."""
+
+    def __call__(self, game: gym.Env) -> tuple[VectorEnv, Policy]:
+        """The game as the player sees it, and the player's policy."""
+
+
+@dataclass(frozen=True)
+class RandomPlayer:
+    """One of the random policies, on frames."""
+
+    kind: str
+
+    def __call__(self, game: gym.Env) -> tuple[VectorEnv, Policy]:
+        return as_vector(game), RANDOM_POLICIES[self.kind](game.action_space)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One episode of a game, without its frames."""
+
+    seed: int
+    episode_return: float
+    steps: int
+    terminated: bool
+
+
+def play(env: EnvConfig, player: Player, seeds: Sequence[int]) -> list[Outcome]:
+    """Play the seeds one after the other in one game."""
+    game = make_env(env)
+    try:
+        envs, policy = player(game)
+        return [_outcome(envs, policy, seed) for seed in seeds]
+    finally:
+        game.close()
+
+
+def _outcome(envs: VectorEnv, policy: Policy, seed: int) -> Outcome:
+    result = rollout(envs, policy, [seed])
+    return Outcome(
+        seed, result.returns.item(), int(result.steps.item()), bool(result.terminated.item())
+    )
+
+
+class Workers:
+    """A pool of game processes; use as a context manager.
+
+    Args:
+        count: processes; 0 takes one for every core this process may use.
+    """
+
+    def __init__(self, count: int):
+        self.count = count or len(os.sched_getaffinity(0))
+
+    def __enter__(self) -> "Workers":
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPool(self.count, context=context, initializer=_one_thread)
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self.pool.stop()
+        self.pool.join()
+
+    def map(self, task: Callable, items: Sequence[Any], timeout: float) -> Iterator[Any]:
+        """Yield task(item) in order; a crashed or stuck process is replaced, its item retried.
+
+        Raises:
+            WMError: after ATTEMPTS failures of one item, naming it.
+        """
+        futures = [self.pool.schedule(task, args=(item,), timeout=timeout) for item in items]
+        for item, future in zip(items, futures, strict=True):
+            for attempt in range(1, ATTEMPTS + 1):
+                try:
+                    result = future.result()
+                    break
+                except (ProcessExpired, TimeoutError) as failure:
+                    if attempt == ATTEMPTS:
+                        raise WMError(
+                            f"a game failed {ATTEMPTS} times at {item}: "
+                            f"{type(failure).__name__} {failure}"
+                        ) from failure
+                    future = self.pool.schedule(task, args=(item,), timeout=timeout)
+            yield result
+
+    def play(self, env: EnvConfig, player: Player, seeds: Sequence[int]) -> Iterator[Outcome]:
+        """One outcome per seed, in the order of the seeds."""
+        size = max(1, min(4, len(seeds) // self.count))
+        chunks = [seeds[i : i + size] for i in range(0, len(seeds), size)]
+        for outcomes in self.map(partial(play, env, player), chunks, time_limit(env, size)):
+            yield from outcomes
+
+
+def time_limit(env: EnvConfig, episodes: int) -> float:
+    """Seconds after which a task of so many episodes is taken for stuck."""
+    return 60.0 + SECONDS_PER_STEP * env.max_steps * episodes
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # the processes share the cores already
