@@ -1,0 +1,133 @@
+"""Training data: batches of frames, and batches of latent segments, by step number.
+
+A batch depends on (seed, step) alone, so that an interrupted training resumes with the batches it
+would have had.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from wm.episodes import EpisodeStore
+from wm.training import StepsData
+
+VALIDATION_FRAMES = 1000
+VALIDATION_SEGMENTS = 128
+
+
+def batch_generator(seed: int, step: int) -> np.random.Generator:
+    return np.random.default_rng((seed, step))
+
+
+class Frames:
+    """Random frames of some episodes as uint8 tensors [B,64,64,3]."""
+
+    def __init__(self, store: EpisodeStore, episodes: np.ndarray, batch: int, seed: int):
+        self.store, self.batch, self.seed = store, batch, seed
+        self.first, self.count = store.first_frame[episodes], store.steps[episodes] + 1
+        self.ends = np.cumsum(self.count)
+
+    def numbers(self, positions: np.ndarray) -> np.ndarray:
+        """Positions among these episodes' frames -> frame numbers in the store."""
+        episode = np.searchsorted(self.ends, positions, side="right")
+        return self.first[episode] + positions - (self.ends - self.count)[episode]
+
+    def __call__(self, step: int) -> torch.Tensor:
+        positions = batch_generator(self.seed, step).integers(self.ends[-1], size=self.batch)
+        return torch.from_numpy(self.store.frames(self.numbers(positions)))
+
+    def evenly(self, count: int) -> list[torch.Tensor]:
+        """Batches of about `count` frames spread evenly over the episodes."""
+        positions = np.linspace(0, self.ends[-1] - 1, min(count, self.ends[-1])).astype(int)
+        cuts = range(self.batch, len(positions), self.batch)
+        batches = np.split(self.numbers(positions), list(cuts))
+        return [torch.from_numpy(self.store.frames(numbers)) for numbers in batches]
+
+
+class Latents:
+    """V's view of a store: mean and log-variance [frames,Z], memory-mapped, in its order."""
+
+    def __init__(self, folder: Path):
+        self.mean = np.load(folder / "mean.npy", mmap_mode="r")
+        self.log_variance = np.load(folder / "log_variance.npy", mmap_mode="r")
+
+
+class Sequences:
+    """Random contiguous segments of episodes: what M is trained on.
+
+    A batch holds mean and log_variance [B,T+1,Z], action [B,T,A], reward, end and mask [B,T]. A
+    segment never crosses an episode's end; shorter episodes are padded and masked.
+    """
+
+    def __init__(
+        self,
+        store: EpisodeStore,
+        latents: Latents,
+        episodes: np.ndarray,
+        batch: int,
+        length: int,
+        seed: int,
+    ):
+        self.store, self.latents, self.episodes = store, latents, episodes
+        self.batch, self.length, self.seed = batch, length, seed
+        self.share = store.steps[episodes] / store.steps[episodes].sum()
+
+    def __call__(self, step: int) -> dict[str, torch.Tensor]:
+        generator = batch_generator(self.seed, step)
+        chosen = generator.choice(self.episodes, size=self.batch, p=self.share)
+        return self._batch([self._segment(episode, generator) for episode in chosen])
+
+    def fixed(self, count: int) -> list[dict[str, torch.Tensor]]:
+        """Batches of `count` segments, the same at every call."""
+        return [self(step) for step in range(-(-count // self.batch))]
+
+    def _segment(self, number: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
+        episode, steps = self.store[number], self.store.steps[number]
+        # Starts reach beyond both ends and are moved back inside, so that the first and the last
+        # steps (a death!) are seen at least as often as any other.
+        start = generator.integers(-self.length + 1, steps)
+        start = int(np.clip(start, 0, max(steps - self.length, 0)))
+        stop = min(start + self.length, steps)
+        first = self.store.first_frame[number]
+        frames = slice(first + start, first + stop + 1)
+        end = np.zeros(stop - start, np.float32)
+        end[-1] = float(episode.terminated and stop == steps)
+        return {
+            "mean": self.latents.mean[frames],
+            "log_variance": self.latents.log_variance[frames],
+            "action": episode.actions[start:stop],
+            "reward": episode.rewards[start:stop],
+            "end": end,
+            "mask": np.ones(stop - start, np.float32),
+        }
+
+    def _batch(self, segments: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+        batch = {}
+        for name, example in segments[0].items():
+            rows = self.length + (name in ("mean", "log_variance"))
+            padded = np.zeros((len(segments), rows, *example.shape[1:]), np.float32)
+            for row, segment in zip(padded, segments, strict=True):
+                row[: len(segment[name])] = segment[name]
+            batch[name] = torch.from_numpy(padded)
+        return batch
+
+
+def frames_data(store: EpisodeStore, config: Any, seed: int, epoch_steps: int) -> StepsData:
+    """V's data; config is a VisionConfig (batch, steps)."""
+    train, validation = store.split()
+    make_batch = Frames(store, train, config.batch, seed)
+    looked_at = Frames(store, validation, config.batch, seed).evenly(VALIDATION_FRAMES)
+    return StepsData(make_batch, looked_at, config.steps, epoch_steps)
+
+
+def sequences_data(
+    store: EpisodeStore, latents: Latents, config: Any, seed: int, epoch_steps: int
+) -> StepsData:
+    """M's data; config is a MemoryConfig (batch, length, steps)."""
+    train, validation = store.split()
+    make_batch = Sequences(store, latents, train, config.batch, config.length, seed)
+    held_back = Sequences(store, latents, validation, config.batch, config.length, seed)
+    fixed = held_back.fixed(VALIDATION_SEGMENTS)
+    return StepsData(make_batch, fixed, config.steps, epoch_steps)

@@ -1,0 +1,201 @@
+"""MLflow: a parent run per pipeline, a child run per stage, and a local record beside each.
+
+Local by default (sqlite in the runs folder); MLFLOW_TRACKING_URI names a server instead. The local
+record, metrics.jsonl in the stage's folder, is the truth that reports are made from.
+"""
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from mlflow import MlflowClient
+from mlflow.entities import Param
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+
+from wm import WMError
+from wm.config import flat
+from wm.stages import Stage
+
+PACKAGES = ("wm", "torch", "lightning", "gymnasium", "vizdoom", "mlflow", "cma", "numpy")
+PIPELINE_TAG = "wm.pipeline"
+FINGERPRINT_TAG = "wm.fingerprint"
+PARAMS_PER_CALL = 100  # the limit of MLflow's batch call
+
+
+def tracking_uri(runs: Path) -> str:
+    """The configured server, or an sqlite file in the runs folder (always absolute)."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs.resolve()}/mlflow.db"
+
+
+def ui_command(runs: Path) -> str:
+    """The command line that shows the runs."""
+    uri = tracking_uri(runs)
+    return f"mlflow ui --backend-store-uri {uri}" if "://" in uri else f"open {uri}"
+
+
+def git_commit() -> str:
+    """The commit of the checkout this code runs from, `+` when it has changes, or 'none'."""
+    here = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here)]
+        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=-3).strip()
+        dirty = subprocess.check_output([*git, "status", "--porcelain", str(here)], text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+    return commit + ("+" if dirty.strip() else "")
+
+
+class LocalRecord(Logger):
+    """Metrics as lines of JSON in the stage's folder; reading keeps the last value of a step."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.path = folder / "metrics.jsonl"
+
+    name = version = None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        line = json.dumps({"step": step or 0, **{k: float(v) for k, v in metrics.items()}})
+        with open(self.path, "a") as file:
+            file.write(line + "\n")
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The configuration stands in DONE.json."""
+
+
+def read_metrics(folder: Path) -> dict[str, dict[int, float]]:
+    """{metric: {step: value}} of a stage's local record."""
+    history: dict[str, dict[int, float]] = {}
+    path = folder / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        entry = json.loads(line)
+        step = entry.pop("step")
+        for name, value in entry.items():
+            history.setdefault(name, {})[step] = value
+    return history
+
+
+class StageRun:
+    """The child run of a stage: metrics go to MLflow and to the local record, files to MLflow."""
+
+    def __init__(self, client: MlflowClient, logger: MLFlowLogger, folder: Path):
+        self.client, self.run_id = client, logger.run_id
+        self.loggers = [logger, LocalRecord(folder)]
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(dict(metrics), step)
+
+    def log_file(self, path: Path, under: str | None = None) -> None:
+        self.client.log_artifact(self.run_id, str(path), under)
+
+    def log_folder(self, path: Path, under: str) -> None:
+        self.client.log_artifacts(self.run_id, str(path), under)
+
+
+class Tracker:
+    """The parent run of one pipeline and the children of its stages; use as a context manager.
+
+    Args:
+        runs: the runs folder.
+        config: the resolved configuration as plain values.
+        fingerprint: of the pipeline; with the same one, the same parent run goes on.
+        run_id: an existing run to be the parent instead.
+    """
+
+    def __init__(
+        self, runs: Path, config: dict[str, Any], fingerprint: str, run_id: str | None = None
+    ):
+        runs.mkdir(parents=True, exist_ok=True)
+        self.uri, self.config, self.experiment = tracking_uri(runs), config, config["env"]["name"]
+        self.client = MlflowClient(self.uri)
+        self.versions = {name: version(name) for name in PACKAGES} | {"commit": git_commit()}
+        self.experiment_id = self._experiment(runs / "artifacts" / self.experiment)
+        name = f"{self.experiment}-{config['scale']}-seed{config['seed']}"
+        self.run_id = run_id or self._run(name, {PIPELINE_TAG: fingerprint})
+
+    def _experiment(self, artifacts: Path) -> str:
+        if found := self.client.get_experiment_by_name(self.experiment):
+            return found.experiment_id
+        local = self.uri.startswith("sqlite")  # a server has a place of its own for artifacts
+        location = artifacts.resolve().as_uri() if local else None
+        return self.client.create_experiment(self.experiment, location)
+
+    def _run(self, name: str, tags: dict[str, str]) -> str:
+        """The run with these tags, set running again, or a new one with everything recorded."""
+        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        if found := self.client.search_runs([self.experiment_id], query, max_results=1):
+            self.client.update_run(found[0].info.run_id, status="RUNNING")
+            return found[0].info.run_id
+        packages = {f"version.{key}": value for key, value in self.versions.items()}
+        tags = {**tags, **packages, MLFLOW_RUN_NAME: name}
+        run_id = self.client.create_run(self.experiment_id, tags=tags).info.run_id
+        params = [Param(key, str(value)) for key, value in flat(self.config).items()]
+        for first in range(0, len(params), PARAMS_PER_CALL):
+            self.client.log_batch(run_id, params=params[first : first + PARAMS_PER_CALL])
+        return run_id
+
+    @contextmanager
+    def stage(self, stage: Stage) -> Iterator[StageRun]:
+        """The child run of a stage; it ends FINISHED, FAILED, or KILLED when interrupted."""
+        tags = {MLFLOW_PARENT_RUN_ID: self.run_id, FINGERPRINT_TAG: stage.fingerprint}
+        run_id = self._run(stage.label, tags)
+        logger = MLFlowLogger(self.experiment, tracking_uri=self.uri, run_id=run_id)
+        with self._ending(run_id):
+            yield StageRun(self.client, logger, stage.folder)
+
+    @contextmanager
+    def _ending(self, run_id: str) -> Iterator[None]:
+        status = "KILLED"
+        try:
+            yield
+            status = "FINISHED"
+        except Exception:
+            status = "FAILED"
+            raise
+        finally:
+            self.client.set_terminated(run_id, status)
+
+    def __enter__(self) -> "Tracker":
+        self._end = self._ending(self.run_id)
+        self._end.__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._end.__exit__(*failure)
+
+    def summarise(self, metrics: Mapping[str, float]) -> None:
+        """Put metrics on the parent run, so that the table of runs ranks agents."""
+        for key, value in metrics.items():
+            self.client.log_metric(self.run_id, key, value)
+
+
+def download_folder(run_id: str, name: str, runs: Path) -> Path:
+    """A folder of a run's artifacts, or of one of its children's; on local disk.
+
+    Raises:
+        WMError: if there is no such run or no such folder.
+    """
+    client = MlflowClient(tracking_uri(runs))
+    try:
+        experiment = client.get_run(run_id).info.experiment_id
+    except MlflowException as error:
+        raise WMError(f"no folder and no MLflow run is called '{run_id}': {error}") from None
+    query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}'"
+    children = client.search_runs([experiment], query)  # the newest first
+    for candidate in [run_id, *(child.info.run_id for child in children)]:
+        if client.list_artifacts(candidate, name):
+            target = Path(tempfile.mkdtemp(prefix="wm-"))
+            return Path(client.download_artifacts(candidate, name, str(target)))
+    raise WMError(f"run {run_id} holds no {name}; it has not come so far yet")

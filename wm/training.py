@@ -1,0 +1,202 @@
+"""One way to train: Lightning's Trainer, short epochs, safe checkpoints, exact resume.
+
+A run of N steps is cut into epochs of `epoch_steps`. Batches and noise depend on (seed, step) only
+and checkpoints are written between epochs, so a run that was killed ends as if it had not been.
+"""
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from wm import WMError
+from wm.config import bounded
+from wm.files import sha256, write_atomically
+from wm.stages import CHECKPOINTS
+
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Where the work is done; never what comes of it, so no fingerprint covers it."""
+
+    accelerator: str = "auto"
+    devices: int = bounded(1, 1)
+    num_nodes: int = bounded(1, 1)
+    strategy: str = "auto"
+    workers: int = bounded(0, 0)  # game processes; 0: one for every core
+
+
+class Steps(Dataset):
+    """Batch number -> batch, made by a function of (seed, step) alone."""
+
+    def __init__(self, make_batch: Any, steps: range):
+        self.make_batch, self.steps = make_batch, steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.make_batch(self.steps[number])
+
+
+class StepsData(L.LightningDataModule):
+    """Training batches by step number, and a fixed list of validation batches.
+
+    Args:
+        make_batch: step -> batch.
+        validation: batches looked at between epochs.
+    """
+
+    def __init__(self, make_batch: Any, validation: list[Any], steps: int, epoch_steps: int):
+        super().__init__()
+        self.make_batch, self.validation = make_batch, validation
+        self.steps, self.epoch_steps = steps, epoch_steps
+
+    def train_dataloader(self) -> DataLoader:
+        first = self.trainer.current_epoch * self.epoch_steps
+        steps = range(first, min(first + self.epoch_steps, self.steps))
+        return DataLoader(Steps(self.make_batch, steps), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.validation, batch_size=None)
+
+
+def fit(
+    module: L.LightningModule,
+    data: StepsData,
+    folder: Path,
+    config: TrainerConfig,
+    loggers: list[Any],
+    precision: str = "32-true",
+    clip: float | None = None,
+    callbacks: list[Callback] | None = None,
+) -> None:
+    """Train to data.steps, from the newest valid checkpoint in the folder if there is one.
+
+    Raises:
+        WMError: when a loss or gradient is not finite; the last checkpoint is.
+    """
+    epochs = -(-data.steps // data.epoch_steps)
+    checkpoint = ModelCheckpoint(
+        folder / CHECKPOINTS,
+        filename="{step}",
+        monitor="step",
+        mode="max",
+        save_top_k=KEPT_CHECKPOINTS,
+        save_on_train_epoch_end=True,
+    )
+    trainer = L.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=config.strategy,
+        precision=precision,
+        max_epochs=epochs,
+        gradient_clip_val=clip,
+        reload_dataloaders_every_n_epochs=1,
+        num_sanity_val_steps=0,
+        log_every_n_steps=min(10, data.epoch_steps),
+        logger=loggers,
+        callbacks=[*(callbacks or []), FiniteGradients(), Progress(data.steps), checkpoint],
+        plugins=[SafeCheckpointIO()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+        trainer.fit(module, data, ckpt_path=newest_checkpoint(folder / CHECKPOINTS))
+    if trainer.interrupted or trainer.global_step < data.steps:
+        raise KeyboardInterrupt
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Checkpoints appear whole, with their hash beside them; a full disk spoils no older one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None):
+        path = Path(path)
+        partial = path.with_name(f".{path.name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            digest = sha256(partial)
+            partial.replace(path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            partial.unlink(missing_ok=True)
+            raise WMError(f"cannot write {path}: {error}; free some disk and rerun") from error
+        write_atomically(_hash_file(path), digest)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+        _hash_file(Path(path)).unlink(missing_ok=True)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose hash agrees; damaged ones are passed over with a warning."""
+    paths = sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[-1]))
+    for path in reversed(paths):
+        digest = _hash_file(path)
+        if digest.exists() and digest.read_text() == sha256(path):
+            return path
+        warnings.warn(f"{path} is damaged; going back to the one before", stacklevel=2)
+    return None
+
+
+def _hash_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+class FiniteGradients(Callback):
+    """Stops before a gradient that is not finite reaches the weights."""
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer):
+        for name, parameter in module.named_parameters():
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                raise WMError(
+                    f"the gradient of {name} is not finite at step {trainer.global_step}; "
+                    "the last checkpoint is sound: lower the learning rate and rerun"
+                )
+
+
+class Progress(Callback):
+    """One bar over all steps, with the time that remains."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.bar = tqdm(
+            total=self.steps,
+            initial=trainer.global_step,
+            desc=type(module).__name__,
+            unit=getattr(module, "step_unit", "step"),
+            disable=trainer.global_rank > 0,
+        )
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any):
+        self.bar.update(trainer.global_step - self.bar.n)
+        if self.bar.n % trainer.log_every_n_steps == 0:
+            shown = {name: f"{value:.4g}" for name, value in trainer.progress_bar_metrics.items()}
+            self.bar.set_postfix(shown, refresh=False)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.bar.close()
+
+
+def noise_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """Random numbers of one training step, the same after a resume."""
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
