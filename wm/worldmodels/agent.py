@@ -1,0 +1,171 @@
+"""An agent in a folder: V, M, C, the starts of its dreams and the configuration that made them.
+
+The files are safetensors and YAML, so that reading a stranger's agent runs no code.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.vector import VectorEnv
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from wm import WMError
+from wm.config import from_yaml, to_yaml
+from wm.envs import EnvConfig, action_space, as_vector
+from wm.files import write_atomically
+from wm.rollout import NoisyPolicy, Policy
+from wm.worldmodels.controller import Controller, ControllerConfig, parameter_count
+from wm.worldmodels.dream import DreamEnv, SingleDream, Starts
+from wm.worldmodels.latent import LatentEnv, feature_size
+from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
+from wm.worldmodels.vae import ConvVAE, VisionConfig
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """The part of a configuration that its models need."""
+
+    env: EnvConfig = field(default_factory=EnvConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+
+
+@dataclass(frozen=True)
+class Agent:
+    """V, M and C together; weights [n] are C's."""
+
+    config: AgentConfig
+    vision: ConvVAE
+    memory: MDNRNN
+    weights: Tensor
+    starts: Starts
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.yaml", to_yaml(self.config))
+        save_tensors(folder / "vision.safetensors", self.vision.state_dict())
+        save_tensors(folder / "memory.safetensors", self.memory.state_dict())
+        save_tensors(folder / "controller.safetensors", {"weights": self.weights})
+        save_tensors(folder / "starts.safetensors", self.starts._asdict())
+
+    @classmethod
+    def load(cls, folder: Path) -> "Agent":
+        """Read an agent back, ready to play and to dream.
+
+        Raises:
+            WMError: if a file is missing, damaged or does not fit the configuration.
+        """
+        folder = Path(folder)
+        if not (folder / "config.yaml").is_file():
+            raise WMError(f"{folder} holds no agent (config.yaml is missing)")
+        config = from_yaml(AgentConfig, folder / "config.yaml")
+        vision = ConvVAE(config.vision)
+        memory = MDNRNN(config.memory, config.vision.latent, *action_space(config.env.name).shape)
+        load_weights(vision, folder / "vision.safetensors")
+        load_weights(memory, folder / "memory.safetensors")
+        weights = load_tensors(folder / "controller.safetensors")["weights"]
+        starts = Starts(**load_tensors(folder / "starts.safetensors"))
+        return cls(config, vision.eval(), memory.eval(), weights, starts)
+
+    @cached_property
+    def features(self) -> int:
+        config = self.config
+        return feature_size(config.controller.features, config.vision.latent, config.memory.hidden)
+
+    @property
+    def parameters(self) -> int:
+        """Weights of one controller."""
+        return parameter_count(self.config.controller, self.features, self._actions)
+
+    @property
+    def _actions(self) -> int:
+        return action_space(self.config.env.name).shape[0]
+
+    def controller(self, weights: Tensor | None = None) -> Controller:
+        """The policy of candidates [P,n], or the agent's own."""
+        weights = self.weights[None] if weights is None else weights
+        config, name = self.config.controller, self.config.env.name
+        return Controller(config, name, self.features, self._actions, weights.float())
+
+    def dreams(self, num_envs: int, **changes: Any) -> DreamEnv:
+        """Its dreams, with changes to the controller's settings, for instance temperature=1.15."""
+        config, name = replace(self.config.controller, **changes), self.config.env.name
+        return DreamEnv(self.memory, self.starts, config, name, num_envs, self.vision)
+
+
+@dataclass(frozen=True)
+class AgentPlayer:
+    """An agent's folder at the real game, for the worker processes.
+
+    Args:
+        weights: another controller's weights [n] in place of the agent's.
+        noise: standard deviation of Gaussian noise on the actions.
+    """
+
+    folder: Path
+    weights: Tensor | None = None
+    noise: float = 0.0
+
+    def __call__(self, game: gym.Env) -> tuple[VectorEnv, Policy]:
+        agent = Agent.load(self.folder)
+        features = agent.config.controller.features
+        envs = LatentEnv(as_vector(game), agent.vision, agent.memory, features)
+        policy = agent.controller(None if self.weights is None else self.weights[None])
+        if self.noise:
+            policy = NoisyPolicy(policy, self.noise, game.action_space)
+        return envs, policy
+
+
+def find_agent(run: str | Path, runs: Path = Path("runs")) -> Path:
+    """The folder of an agent: given as such, or as the id of an MLflow run.
+
+    Raises:
+        WMError: if neither a folder nor a run with an agent is found.
+    """
+    if (Path(run) / "config.yaml").is_file():
+        return Path(run)
+    from wm.tracking import download_folder  # MLflow is slow to import, and not always needed
+
+    return download_folder(str(run), "agent", runs)
+
+
+def make_dreams(num_envs: int, run: str | Path, **changes: Any) -> DreamEnv:
+    """The dreams of a finished run, for gym.make_vec.
+
+    Args:
+        run: an agent's folder, or the id of an MLflow run that holds one.
+        changes: controller settings of the dream, for instance temperature=1.15, horizon=500.
+    """
+    agent = Agent.load(find_agent(run))
+    return agent.dreams(num_envs, **changes)
+
+
+def make_dream(run: str | Path, render_mode: str | None = None, **changes: Any) -> SingleDream:
+    """One dream of a finished run, for gym.make; arguments as in make_dreams."""
+    return SingleDream(make_dreams(1, run, **changes), render_mode)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    write_atomically(path, save({name: t.detach().contiguous() for name, t in tensors.items()}))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WMError(f"cannot read {path}: {error}") from error
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load a state_dict, strictly."""
+    try:
+        module.load_state_dict(load_tensors(path))
+    except RuntimeError as error:
+        raise WMError(f"{path} does not fit its configuration: {error}") from error

@@ -1,0 +1,96 @@
+"""C: a linear policy of about a thousand weights, for a whole population at once.
+
+Ha & Schmidhuber 2018, section A.3. P candidates, E episodes each, F features, A actions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from wm.config import bounded
+
+
+@dataclass(frozen=True)
+class ControllerConfig:
+    features: Literal["z", "zh", "zhc"] = "zh"
+    bias: bool = True
+    hidden: int = bounded(0, 0)  # units of a tanh layer before the output; 0: linear
+    gas_limit: float = bounded(1.0, 0.0, 1.0)  # the most gas C can give in CarRacing
+
+    fitness: Literal["dream", "real"] = "dream"  # where candidates are tried
+    temperature: float = bounded(1.0, 0.01)  # of the dream
+    horizon: int = bounded(1000, 1)  # steps after which a dream is cut
+    start: Literal["any", "first"] = "any"  # dreams begin anywhere in real episodes, or at starts
+    end: Literal["sample", "threshold"] = "sample"  # how the end head ends a dream
+
+    optimizer: Literal["cma", "es"] = "cma"
+    population: int = bounded(64, 4)
+    episodes: int = bounded(16, 1)  # of each candidate
+    generations: int = bounded(100, 1)  # in each round
+    sigma: float = bounded(0.1, 0.0)  # initial (cma) or fixed (es) deviation of candidates
+    step_size: float = bounded(0.03, 0.0)  # es: learning rate
+    adam: bool = True  # es: Adam, else plain gradient ascent
+    validate_every: int = bounded(10, 1)  # generations between scores in the real game
+    validation_episodes: int = bounded(8, 1)
+    keep: Literal["best", "mean"] = "best"  # by validation score, or the last mean
+
+
+def parameter_count(config: ControllerConfig, features: int, actions: int) -> int:
+    """Weights of one candidate: 867 in the paper's CarRacing, 1,088 in take-cover."""
+    return sum(
+        rows * (columns + config.bias) for rows, columns in _layers(config, features, actions)
+    )
+
+
+def _layers(config: ControllerConfig, features: int, actions: int) -> list[tuple[int, int]]:
+    """(outputs, inputs) of each layer."""
+    if config.hidden:
+        return [(config.hidden, features), (actions, config.hidden)]
+    return [(actions, features)]
+
+
+def squash(raw: Tensor, game: str, gas_limit: float) -> Tensor:
+    """Raw outputs [...,A] to the game's action space, as in the paper.
+
+    CarRacing: tanh steering, sigmoid gas, tanh brake clipped at 0. Other games: tanh.
+    """
+    if game != "carracing":
+        return raw.tanh()
+    steering, gas, brake = raw.unbind(-1)
+    return torch.stack([steering.tanh(), gas_limit * gas.sigmoid(), brake.tanh().clamp(min=0)], -1)
+
+
+class Controller:
+    """The policy of P candidates; observation i belongs to candidate i // (N / P).
+
+    Args:
+        weights: [P,n] with n = parameter_count(...): for each layer its matrix, then its bias.
+    """
+
+    def __init__(
+        self, config: ControllerConfig, game: str, features: int, actions: int, weights: Tensor
+    ):
+        self.game, self.gas_limit, self.layers = game, config.gas_limit, []
+        expected = parameter_count(config, features, actions)
+        if weights.shape[-1] != expected:
+            raise ValueError(f"the controller has {expected} weights, not {weights.shape[-1]}")
+        for rows, columns in _layers(config, features, actions):
+            matrix, weights = weights[:, : rows * columns], weights[:, rows * columns :]
+            bias = weights[:, :rows] if config.bias else weights.new_zeros(len(weights), rows)
+            weights = weights[:, rows * config.bias :]
+            matrix = matrix.unflatten(1, (rows, columns)).transpose(1, 2).contiguous()
+            self.layers.append((matrix, bias[:, None]))  # [P,in,out], [P,1,out]
+
+    def reset(self, seeds: Sequence[int]) -> None:
+        """Nothing to reset: the policy is deterministic and its memory is M."""
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Features [N,F] -> actions [N,A]."""
+        population = len(self.layers[0][0])
+        x = features.unflatten(0, (population, -1))
+        for number, (matrix, bias) in enumerate(self.layers):
+            x = torch.baddbmm(bias, x.tanh() if number else x, matrix)
+        return squash(x.flatten(0, 1), self.game, self.gas_limit)

@@ -1,0 +1,221 @@
+"""M, the mixture-density LSTM: next latent, reward and episode end from (latent, action).
+
+Ha & Schmidhuber 2018, section A.2. B batch, T time, Z latent, A action, H hidden, K mixtures.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from wm.config import bounded
+from wm.training import noise_generator
+
+LOG_SIGMA_RANGE = (-7.0, 7.0)
+
+State = tuple[Tensor, ...]  # (h, c) of an LSTM, (h,) of a GRU; each [1,B,H]
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    cell: Literal["lstm", "gru"] = "lstm"
+    hidden: int = bounded(256, 1)
+    mixtures: int = bounded(5, 1)
+    mixture: Literal["joint", "factored"] = "factored"  # one weight a vector, or one a dimension
+    latents: Literal["sample", "mean"] = "sample"  # of V's posterior: the paper, the lecture
+    reward_head: bool = True
+    reward_weight: float = bounded(1.0, 0.0)
+    end_head: bool = True
+    end_weight: float = bounded(10.0, 0.0)  # of a positive: ends are rare; the original code's 10
+    learning_rate: float = bounded(1e-3, 0.0)
+    final_learning_rate: float = bounded(1e-5, 0.0)  # reached exponentially
+    clip: float = bounded(1.0, 0.0)  # of the gradient's norm
+    batch: int = bounded(32, 1)
+    length: int = bounded(128, 2)  # steps of a training segment
+    steps: int = bounded(2000, 1)  # in each round
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+
+
+class Prediction(NamedTuple):
+    """What M expects of the next step; log_pi [...,K,1] if joint, [...,K,Z] if factored."""
+
+    log_pi: Tensor  # normalised over K
+    mean: Tensor  # [...,K,Z]
+    log_sigma: Tensor  # [...,K,Z]
+    reward: Tensor | None  # [...]
+    end_logit: Tensor | None  # [...], of the weighted loss
+
+
+def mixture_nll(target: Tensor, log_pi: Tensor, mean: Tensor, log_sigma: Tensor) -> Tensor:
+    """-log p(target) [...] of a mixture of K diagonal Gaussians, for target [...,Z].
+
+    joint (log_pi [...,K,1]): -log sum_k pi_k prod_i N(z_i; mu_ki, sigma_ki)   (the lecture)
+    factored (log_pi [...,K,Z]): -sum_i log sum_k pi_ki N(z_i; mu_ki, sigma_ki)  (original code)
+    """
+    error = (target[..., None, :] - mean) * (-log_sigma).exp()
+    log_normal = -0.5 * error.square() - log_sigma - 0.5 * math.log(2 * math.pi)
+    if log_pi.shape[-1] == 1:
+        return -torch.logsumexp(log_pi[..., 0] + log_normal.sum(-1), dim=-1)
+    return -torch.logsumexp(log_pi + log_normal, dim=-2).sum(-1)
+
+
+def sample_mixture(
+    prediction: Prediction, temperature: float, uniform: Tensor, normal: Tensor
+) -> Tensor:
+    """A latent [N,Z] at a temperature: logits of pi over tau, variance times tau.
+
+    Args:
+        uniform: picks the component, [N,1] if joint, [N,Z] if factored, in [0,1).
+        normal: standard normal [N,Z].
+    """
+    log_pi, mean, log_sigma = prediction[:3]
+    cumulative = (log_pi / temperature).softmax(dim=-2).cumsum(dim=-2)
+    last = log_pi.shape[-2] - 1
+    component = (uniform[..., None, :] > cumulative).sum(dim=-2, keepdim=True).clamp(max=last)
+    component = component.expand(*mean.shape[:-2], 1, mean.shape[-1])
+    chosen_mean = mean.gather(-2, component).squeeze(-2)
+    chosen_sigma = log_sigma.gather(-2, component).squeeze(-2).exp()
+    return chosen_mean + math.sqrt(temperature) * chosen_sigma * normal
+
+
+def end_probability(end_logit: Tensor, end_weight: float) -> Tensor:
+    """P(episode ends); weighting positives by w in the loss multiplied the odds by w."""
+    return torch.sigmoid(end_logit - math.log(end_weight))
+
+
+class MDNRNN(L.LightningModule):
+    """M. One recurrent layer serves training and dreaming: a dream's step is T = 1."""
+
+    step_unit = "batch"
+
+    def __init__(self, config: MemoryConfig, latent: int, actions: int, seed: int = 0):
+        super().__init__()
+        self.config, self.latent, self.seed = config, latent, seed
+        cell = {"lstm": nn.LSTM, "gru": nn.GRU}[config.cell]
+        self.rnn = cell(latent + actions, config.hidden, batch_first=True)
+        if config.cell == "lstm":  # its two biases are one: the paper's count has one
+            nn.init.zeros_(self.rnn.bias_hh_l0).requires_grad_(False)
+        self.weights_size = config.mixtures * (latent if config.mixture == "factored" else 1)
+        self.mixture_size = config.mixtures * latent
+        self.mixture_head = nn.Linear(config.hidden, self.weights_size + 2 * self.mixture_size)
+        self.reward_head = nn.Linear(config.hidden, 1) if config.reward_head else None
+        self.end_head = nn.Linear(config.hidden, 1) if config.end_head else None
+
+    @property
+    def uniform_size(self) -> int:
+        """How many uniform numbers a sampled latent takes."""
+        return self.latent if self.config.mixture == "factored" else 1
+
+    def zero_state(self, batch: int) -> State:
+        zeros = torch.zeros(1, batch, self.config.hidden, device=self.device)
+        return (zeros, zeros) if self.config.cell == "lstm" else (zeros,)
+
+    def advance(self, latent: Tensor, action: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """Hidden outputs [B,T,H] and the state after T steps from latents and actions [B,T,.]."""
+        packed = state if state is None or self.config.cell == "lstm" else state[0]
+        output, packed = self.rnn(torch.cat([latent, action], dim=-1), packed)
+        return output, packed if self.config.cell == "lstm" else (packed,)
+
+    def warm_up(self, latent: Tensor, action: Tensor, lengths: Tensor) -> State:
+        """The states after `lengths` [B] steps of padded latents and actions [B,T,.]."""
+        inputs = torch.cat([latent, action], dim=-1)
+        packed = pack_padded_sequence(
+            inputs, lengths.clamp(min=1), batch_first=True, enforce_sorted=False
+        )
+        _, state = self.rnn(packed)
+        state = state if self.config.cell == "lstm" else (state,)
+        return tuple(layer * (lengths > 0)[None, :, None] for layer in state)
+
+    def predict(self, hidden: Tensor) -> Prediction:
+        """The heads on hidden outputs [...,H], in float32."""
+        K, Z = self.config.mixtures, self.latent
+        sizes = [self.weights_size, self.mixture_size, self.mixture_size]
+        logits, mean, log_sigma = self.mixture_head(hidden).float().split(sizes, dim=-1)
+        return Prediction(
+            logits.unflatten(-1, (K, -1)).log_softmax(dim=-2),
+            mean.unflatten(-1, (K, Z)),
+            log_sigma.unflatten(-1, (K, Z)).clamp(*LOG_SIGMA_RANGE),
+            None if self.reward_head is None else self.reward_head(hidden).float().squeeze(-1),
+            None if self.end_head is None else self.end_head(hidden).float().squeeze(-1),
+        )
+
+    def forward(self, latent: Tensor, action: Tensor, state: State | None = None):
+        """Predictions for the next step of each of T steps, and the state after them."""
+        hidden, state = self.advance(latent, action, state)
+        return self.predict(hidden), state
+
+    def loss(self, batch: dict[str, Tensor], noise: Tensor | None) -> dict[str, Tensor]:
+        """Teacher-forced losses of a batch of segments (see data.Sequences), means over real steps.
+
+        noise [B,T+1,Z] samples the latents from V's posterior; None takes the means.
+        """
+        latent = batch["mean"]
+        if noise is not None:
+            latent = latent + (batch["log_variance"] / 2).exp() * noise
+        prediction, _ = self(latent[:, :-1], batch["action"])
+        mask, end = batch["mask"], batch["end"]
+        nll = masked_mean(mixture_nll(latent[:, 1:], *prediction[:3]), mask) / self.latent
+        parts = {"nll": nll, "loss": nll}
+        if prediction.reward is not None:
+            error = (prediction.reward - batch["reward"]).square()
+            parts["reward_mse"] = masked_mean(error, mask)
+            parts["loss"] = parts["loss"] + self.config.reward_weight * parts["reward_mse"]
+        if prediction.end_logit is not None:
+            weight = torch.full_like(end, self.config.end_weight)
+            entropy = F.binary_cross_entropy_with_logits(
+                prediction.end_logit, end, reduction="none", pos_weight=weight
+            )
+            parts["end_loss"] = masked_mean(entropy, mask)
+            parts["loss"] = parts["loss"] + parts["end_loss"]
+            predicted = (prediction.end_logit > 0) * mask
+            parts["end_predicted"], parts["end_real"] = predicted.sum(), (end * mask).sum()
+            parts["end_hit"] = (predicted * end).sum()
+        return parts
+
+    def training_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
+        noise = None
+        if self.config.latents == "sample":
+            generator = noise_generator(self.seed, self.global_step, self.device)
+            noise = torch.randn(batch["mean"].shape, generator=generator, device=self.device)
+        parts = self.loss(batch, noise)
+        self.log("memory/loss", parts["loss"], prog_bar=True)
+        self.log_dict({f"memory/{k}": v for k, v in parts.items() if k in LOSSES})
+        return parts["loss"]
+
+    def on_validation_epoch_start(self) -> None:
+        self.end_counts = torch.zeros(3, device=self.device)
+
+    def validation_step(self, batch: dict[str, Tensor], number: int) -> None:
+        parts = self.loss(batch, None)
+        losses = {f"memory/val_{k}": v for k, v in parts.items() if k in (*LOSSES, "loss")}
+        self.log_dict(losses, batch_size=int(batch["mask"].sum()))
+        if "end_hit" in parts:
+            counts = [parts["end_hit"], parts["end_predicted"], parts["end_real"]]
+            self.end_counts += torch.stack(counts)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.config.end_head:
+            hit, predicted, real = self.end_counts
+            self.log("memory/end_precision", hit / predicted.clamp(min=1))
+            self.log("memory/end_recall", hit / real.clamp(min=1))
+
+    def configure_optimizers(self) -> Any:
+        config = self.config
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(trained, config.learning_rate)
+        rate = (config.final_learning_rate / config.learning_rate) ** (1 / config.steps)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, rate)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+LOSSES = ("nll", "reward_mse", "end_loss")
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of values [B,T] where mask [B,T] is 1."""
+    return (values * mask).sum() / mask.sum()
