@@ -1,0 +1,85 @@
+"""The command line: `wm COMMAND [key=value ...]`."""
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from wm import WMError
+
+USAGE = """usage: wm COMMAND [env=GAME] [scale=SCALE] [key=value ...]
+
+  run          all stages in order; those that are done are skipped
+  collect      play and keep episodes of the real game
+  vision       train V, the VAE
+  memory       train M, the mixture-density LSTM
+  controller   evolve C
+  evaluate     score the agent on held-out seeds; run=ID scores any MLflow run or agent folder
+  report       write the HTML page
+  config       print the resolved configuration
+
+for instance: wm run env=takecover scale=laptop controller.temperature=1.15 seed=3"""
+
+
+def run(words: Sequence[str]) -> None:
+    from wm.worldmodels import pipeline
+
+    pipeline.run(words)
+
+
+def stage(name: str) -> Callable[[Sequence[str]], None]:
+    def command(words: Sequence[str]) -> None:
+        from wm.worldmodels import pipeline
+
+        pipeline.run_only(name, words)
+
+    return command
+
+
+def evaluate(words: Sequence[str]) -> None:
+    from wm.worldmodels import pipeline
+
+    chosen = [word.removeprefix("run=") for word in words if word.startswith("run=")]
+    others = [word for word in words if not word.startswith("run=")]
+    if chosen:
+        pipeline.evaluate_run(chosen[-1], others)
+    else:
+        pipeline.run_only("evaluate", others)
+
+
+def config(words: Sequence[str]) -> None:
+    from wm.config import load, to_yaml
+    from wm.worldmodels.pipeline import Config
+
+    print(to_yaml(load(Config, words)), end="")
+
+
+COMMANDS = {
+    "run": run,
+    "collect": stage("collect"),
+    "vision": stage("vision"),
+    "memory": stage("memory"),
+    "controller": stage("controller"),
+    "evaluate": evaluate,
+    "report": stage("report"),
+    "config": config,
+}
+
+
+def main() -> None:
+    name, *words = sys.argv[1:] or ["help"]
+    if name not in COMMANDS:
+        print(USAGE)
+        sys.exit(0 if name in ("help", "-h", "--help") else 2)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        COMMANDS[name](words)
+    except WMError as error:
+        print(f"wm: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nwm: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

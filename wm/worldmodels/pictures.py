@@ -1,0 +1,166 @@
+"""What V and M show: reconstructions, traversals, futures, open-loop error, real beside dream."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wm import figures
+from wm.data import Latents
+from wm.episodes import Episode, EpisodeStore
+from wm.worldmodels.controller import ControllerConfig
+from wm.worldmodels.dream import DreamEnv, Starts
+from wm.worldmodels.mdnrnn import MDNRNN, sample_mixture
+from wm.worldmodels.vae import ConvVAE, encode_frames, to_frames
+
+WARM_UP = 40  # real steps M sees before it is left alone
+FUTURES = 5
+TRAVERSED = 6  # latents shown, the most active first
+
+
+@torch.inference_mode()
+def decode(vision: ConvVAE, latents: Tensor | np.ndarray) -> np.ndarray:
+    """Latents [N,Z] to frames uint8 [N,64,64,3]."""
+    return to_frames(vision.decode(torch.as_tensor(latents)))
+
+
+def reconstructions(vision: ConvVAE, frames: np.ndarray, path: Path) -> Path:
+    """Frames [N,64,64,3] above what V makes of them."""
+    rows = {"original": frames, "reconstruction": decode(vision, encode_frames(vision, frames)[0])}
+    return figures.save(figures.frame_rows(rows), path)
+
+
+def traversals(vision: ConvVAE, means: np.ndarray, path: Path) -> Path:
+    """One latent a row, moved across the range it takes in real frames; means [N,Z]."""
+    base, spread = means[0], means.std(0)
+    rows, offsets = {}, np.linspace(-2, 2, 7)
+    for latent in np.argsort(-spread)[:TRAVERSED]:
+        moved = np.tile(base, (len(offsets), 1))
+        moved[:, latent] = means[:, latent].mean() + offsets * spread[latent]
+        rows[f"z{latent}"] = decode(vision, moved)
+    return figures.save(figures.frame_rows(rows, [f"{offset:+.1f} σ" for offset in offsets]), path)
+
+
+@torch.inference_mode()
+def warm_start(memory: MDNRNN, latents: Tensor, actions: Tensor) -> Starts:
+    """Starts after T real steps, from latents [B,T+1,Z] and actions [B,T,A]."""
+    _, state = memory.advance(latents[:, :-1], actions, memory.zero_state(len(latents)))
+    return Starts(latents[:, -1], torch.stack([layer[0] for layer in state], dim=1))
+
+
+@torch.inference_mode()
+def dream_along(
+    memory: MDNRNN, starts: Starts, actions: Tensor, game: str, temperature: float
+) -> Tensor:
+    """Latents [B,T,Z] of dreams from B starts that get the given actions [B,T,A]."""
+    batch, horizon = actions.shape[:2]
+    settings = ControllerConfig(features="z", temperature=temperature, horizon=horizon)
+    dreams = DreamEnv(memory, starts, settings, game, batch)
+    dreams.reset(seed=0, options={"start": torch.arange(batch)})
+    return torch.stack([dreams.step(actions[:, t])[0] for t in range(horizon)], dim=1)
+
+
+@torch.inference_mode()
+def futures(
+    vision: ConvVAE, memory: MDNRNN, episode: Episode, latents: np.ndarray, path: Path
+) -> Path:
+    """One real frame, the real next one, and sampled ones from the same state."""
+    now = liveliest_step(latents)
+    state = warm_start(
+        memory,
+        torch.from_numpy(latents[None, : now + 2]),
+        torch.from_numpy(episode.actions[None, : now + 1]),
+    ).state
+    prediction = memory.predict(state[:, 0])  # the hidden that has seen (z, a) of `now`
+    many = type(prediction)(
+        *(p if p is None else p.expand(FUTURES, *p.shape[1:]) for p in prediction)
+    )
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(FUTURES, memory.uniform_size, generator=generator)
+    normal = torch.randn(FUTURES, memory.latent, generator=generator)
+    sampled = decode(vision, sample_mixture(many, 1.0, uniform, normal))
+    weights = prediction.log_pi[0].exp().mean(-1).numpy()  # factored: averaged over dimensions
+    frames = episode.frames[now], episode.frames[now + 1]
+    return figures.save(figures.futures(*frames, list(sampled), weights), path)
+
+
+def liveliest_step(latents: np.ndarray) -> int:
+    """The step of an episode whose latents [T+1,Z] change most: the future is least certain."""
+    change = np.square(np.diff(latents, axis=0)).sum(-1)
+    first = min(WARM_UP, len(change) - 1)
+    return first + int(change[first:].argmax())
+
+
+def prediction_error(
+    memory: MDNRNN,
+    store: EpisodeStore,
+    latents: Latents,
+    episodes: np.ndarray,
+    game: str,
+    horizon: int,
+) -> dict[str, np.ndarray]:
+    """Root mean squared error of latents [horizon], of M left alone and of a frozen picture.
+
+    Raises nothing on short episodes: those without WARM_UP + horizon steps are left out; empty
+    arrays come back when none is long enough.
+    """
+    long_enough = [e for e in episodes if store.steps[e] >= WARM_UP + horizon][:64]
+    if not long_enough:
+        return {}
+    first = store.first_frame[long_enough]
+    rows = first[:, None] + np.arange(WARM_UP + horizon + 1)
+    real = torch.from_numpy(np.asarray(latents.mean)[rows])
+    actions = np.stack([store[e].actions[: WARM_UP + horizon] for e in long_enough])
+    actions = torch.from_numpy(actions)
+    starts = warm_start(memory, real[:, : WARM_UP + 1], actions[:, :WARM_UP])
+    dreamt = dream_along(memory, starts, actions[:, WARM_UP:], game, temperature=0.1)
+    truth = real[:, WARM_UP + 1 :]
+    return {
+        "M, left alone": _rmse(dreamt - truth),
+        "nothing changes": _rmse(real[:, WARM_UP : WARM_UP + 1] - truth),
+    }
+
+
+def _rmse(error: Tensor) -> np.ndarray:
+    return error.square().mean(dim=(0, 2)).sqrt().numpy()
+
+
+def prediction_error_curve(errors: dict[str, np.ndarray], path: Path) -> Path:
+    lines = {name: (np.arange(1, len(error) + 1), error) for name, error in errors.items()}
+    return figures.save(figures.curves(lines, "steps ahead", "error of a latent (RMSE)"), path)
+
+
+def filmstrip(
+    vision: ConvVAE,
+    memory: MDNRNN,
+    episode: Episode,
+    game: str,
+    temperature: float,
+    path: Path,
+    columns: int = 9,
+    stride: int = 5,
+) -> Path:
+    """Real frames, their reconstructions, and the dream from the same frame and actions."""
+    means = torch.from_numpy(encode_frames(vision, episode.frames)[0])
+    actions = torch.from_numpy(episode.actions)
+    steps = len(actions)
+    first = min(WARM_UP, max(steps - columns * stride, 0) + 1)
+    starts = warm_start(memory, means[None, : first + 1], actions[None, :first])
+    dreamt = dream_along(memory, starts, actions[None, first:], game, temperature)[0]
+    shown = np.arange(first, min(first + columns * stride, steps), stride)
+    latents = torch.cat([means[first][None], dreamt])
+    rows = {
+        "real": list(episode.frames[shown]),
+        "seen by V": list(decode(vision, means[shown])),
+        "dreamt by M": list(decode(vision, latents[shown - first])),
+    }
+    return figures.save(figures.frame_rows(rows, [f"+{step - first}" for step in shown]), path)
+
+
+def side_by_side(vision: ConvVAE, episode: Episode) -> np.ndarray:
+    """The episode beside V's reconstruction: frames [T+1,64,128,3]."""
+    frames = np.asarray(episode.frames)
+    cuts = range(256, len(frames), 256)
+    seen = [decode(vision, encode_frames(vision, part)[0]) for part in np.split(frames, list(cuts))]
+    return np.concatenate([frames, np.concatenate(seen)], axis=2)

@@ -1,0 +1,180 @@
+"""The paper's stages in order: collect, vision, memory, controller; then evaluate and report.
+
+`rounds` repeats the first four with the newest controller as collector: all data is kept, V and M
+go on from the last round, and evolution starts from its last mean.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from wm.collect import CollectConfig
+from wm.config import bounded, load, plain
+from wm.envs import EnvConfig
+from wm.evaluate import EvaluateConfig
+from wm.files import hashes
+from wm.stages import Stage, run_stage
+from wm.tracking import Tracker, ui_command
+from wm.training import TrainerConfig
+from wm.worldmodels import report, work
+from wm.worldmodels.agent import Agent, AgentConfig, find_agent
+from wm.worldmodels.controller import ControllerConfig
+from wm.worldmodels.mdnrnn import MemoryConfig
+from wm.worldmodels.vae import VisionConfig
+
+VERSIONS = {  # raised when a stage's code changes what the stage makes
+    "collect": 1,
+    "vision": 1,
+    "memory": 1,
+    "controller": 1,
+    "baseline": 1,
+    "agent": 1,
+    "evaluate": 1,
+    "report": 1,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    env: EnvConfig = field(default_factory=EnvConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    scale: str = "laptop"
+    rounds: int = bounded(1, 1, 10)
+    seed: int = bounded(0, 0, 1999)
+    runs: str = "runs"  # the folder of everything that is made
+    minutes: int = bounded(0, 0)  # measured on 2 cores and said up front; 0: not measured
+
+
+def stages(config: Config) -> list[Stage]:
+    """The pipeline as a graph, in order; what a stage is given is what its fingerprint covers."""
+    env, vision, memory, seed = config.env, config.vision, config.memory, config.seed
+    agent = AgentConfig(env, vision, memory, config.controller)
+    make = partial(_stage, config)
+    graph: list[Stage] = []
+    data, V, M, C = {}, {}, {}, {}  # the newest stages by role: all data, one of each model
+    for r in range(config.rounds):
+        collection = {"env": env, "collection": config.collect, "seed": seed, "round": r}
+        collect = make("collect", work.collect_episodes, C, collection, r)
+        data = {**data, collect.label: collect}
+        seen = {"vision": vision, "seed": seed}
+        V = {"vision": make("vision", work.train_vision, data | V, seen, r)}
+        remembered = {"env": env, "vision": vision, "memory": memory, "seed": seed}
+        M = {"memory": make("memory", work.train_memory, data | V | M, remembered, r)}
+        evolved = {"config": agent, "seed": seed, "round": r}
+        C = {"controller": make("controller", work.evolve_controller, data | V | M | C, evolved, r)}
+        graph += [collect, V["vision"], M["memory"], C["controller"]]
+    evaluation = {"env": env, "evaluation": config.evaluate}
+    graph.append(make("baseline", work.play_baseline, {}, evaluation))
+    graph.append(make("evaluate", work.evaluate_agent, C, evaluation))
+    everything = {stage.label: stage for stage in graph}
+    graph.append(make("report", report.write_report, everything, {"config": result_config(config)}))
+    return graph
+
+
+def _stage(
+    config: Config,
+    name: str,
+    do: Callable,
+    inputs: Mapping[str, Stage],
+    given: Mapping[str, Any],
+    round: int | None = None,
+) -> Stage:
+    covered = {key: plain(part) if is_dataclass(part) else part for key, part in given.items()}
+    root = Path(config.runs) / config.env.name
+    task = partial(do, trainer=config.trainer, **given)
+    return Stage(name, VERSIONS[name], covered, task, root, inputs, round)
+
+
+def result_config(config: Config) -> dict[str, Any]:
+    """The configuration without what only says where the work is done."""
+    kept = plain(config)
+    return {key: kept[key] for key in kept if key not in ("trainer", "runs", "minutes")}
+
+
+def run(words: Sequence[str]) -> None:
+    """All stages; those that are done are skipped. Ends with the table of scores."""
+    config = load(Config, words)
+    graph = stages(config)
+    if config.minutes and not graph[-1].done:
+        print(f"this takes about {config.minutes} minutes on 2 cores; it shows the time that")
+        print("remains, and after Ctrl-C the same command goes on where it was")
+    with open_tracker(config, graph) as tracker:
+        for stage in graph:
+            run_stage(stage, tracker, f"wm {stage.name} {' '.join(words)}")
+        tracker.summarise(summary(graph))
+    print_results(config, graph)
+
+
+def run_only(name: str, words: Sequence[str]) -> None:
+    """The stages of one name, as far as their inputs are there.
+
+    Raises:
+        WMError: if not even the first can be done, saying which command makes what is missing.
+    """
+    config = load(Config, words)
+    graph = stages(config)
+    names = ("baseline", name) if name == "evaluate" else (name,)
+    with open_tracker(config, graph) as tracker:
+        for stage in (stage for stage in graph if stage.name in names):
+            missing = [needed.label for needed in stage.inputs.values() if not needed.done]
+            if stage.round and missing:
+                print(f"{stage.label}: waits for {missing[0]}")
+                return
+            run_stage(stage, tracker, f"wm {name} {' '.join(words)}")
+
+
+def evaluate_run(run: str, words: Sequence[str]) -> None:
+    """Score the agent of a finished MLflow run, or of a folder, on the held-out seeds.
+
+    Raises:
+        WMError: if there is no such agent.
+    """
+    settings = load(Config, words)
+    source = find_agent(run, Path(settings.runs))
+    config = replace(settings, env=Agent.load(source).config.env)
+    agent = _stage(config, "agent", work.import_agent, {}, {"hashes": hashes(source)})
+    agent = replace(agent, work=partial(agent.work, source=source))
+    evaluation = {"env": config.env, "evaluation": config.evaluate}
+    graph = [
+        agent,
+        _stage(config, "baseline", work.play_baseline, {}, evaluation),
+        _stage(config, "evaluate", work.evaluate_agent, {"controller": agent}, evaluation),
+    ]
+    with open_tracker(config, graph, None if source == Path(run) else run) as tracker:
+        for stage in graph:
+            run_stage(stage, tracker, f"wm evaluate run={run} {' '.join(words)}")
+    print_results(config, graph)
+
+
+def open_tracker(config: Config, graph: Sequence[Stage], run_id: str | None = None) -> Tracker:
+    """The parent run of this configuration, one for each fingerprint of its last stage."""
+    return Tracker(Path(config.runs), result_config(config), graph[-1].fingerprint, run_id)
+
+
+def summary(graph: Sequence[Stage]) -> dict[str, float]:
+    """What the parent run shows: the scores, the real steps and the wall time."""
+    facts = [stage.record["facts"] for stage in graph if stage.name in ("baseline", "evaluate")]
+    costs = report.costs([stage.record for stage in graph])
+    return {key: value for part in [*facts, costs] for key, value in part.items()}
+
+
+def print_results(config: Config, graph: Sequence[Stage]) -> None:
+    record = {stage.name: stage.record for stage in graph}
+    rows = {"random policy": "baseline", "our agent": "evaluate"}
+    print(f"\n{config.env.name}, {config.evaluate.episodes} held-out episodes")
+    print(f"{'':16}{'mean':>9}{'std':>9}   95 % interval of the mean")
+    for title, stage in rows.items():
+        facts = record[stage]["facts"]
+        values = {key.split("/")[1]: value for key, value in facts.items()}
+        interval = f"[{values['ci_low']:.1f}, {values['ci_high']:.1f}]"
+        print(f"{title:16}{values['mean']:9.1f}{values['std']:9.1f}   {interval}")
+    if "report" in record:
+        print(f"\nreport:  {graph[-1].folder / 'report.html'}")
+    print(f"runs:    {ui_command(Path(config.runs))}")

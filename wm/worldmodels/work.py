@@ -1,0 +1,394 @@
+"""What each stage does in its folder.
+
+A stage's keyword arguments are what its fingerprint covers (see pipeline.stages); `folder`,
+`inputs`, `run` and `trainer` say where the work is done and never change what comes of it.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from wm import figures
+from wm.collect import CollectConfig, collect, record
+from wm.data import Latents, frames_data, sequences_data
+from wm.envs import (
+    VALIDATION_SEEDS,
+    EnvConfig,
+    action_space,
+    training_seeds,
+    validation_seeds,
+)
+from wm.episodes import Episode, EpisodeStore
+from wm.evaluate import EvaluateConfig, play_held_out, score, write_outcomes
+from wm.tracking import StageRun, read_metrics
+from wm.training import StepsData, TrainerConfig, fit
+from wm.workers import Outcome, RandomPlayer, Workers
+from wm.worldmodels import pictures
+from wm.worldmodels.agent import (
+    Agent,
+    AgentConfig,
+    AgentPlayer,
+    load_tensors,
+    load_weights,
+    save_tensors,
+)
+from wm.worldmodels.dream import Starts
+from wm.worldmodels.evolution import (
+    STRATEGIES,
+    AskAndTell,
+    Evolution,
+    Fitness,
+    dream_fitness,
+    mean_return,
+)
+from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
+from wm.worldmodels.vae import ConvVAE, VisionConfig, encode_frames
+
+EPOCH_STEPS = 250  # of V and M between validations and checkpoints
+STARTS = 1024  # places where dreams may begin
+ENCODE_BATCH = 500
+PICTURE_FRAMES = 10
+ERROR_HORIZON = 50
+
+Inputs = dict[str, Path]
+Facts = dict[str, float]
+
+
+def collect_episodes(
+    folder: Path,
+    inputs: Inputs,
+    run: StageRun,
+    trainer: TrainerConfig,
+    *,
+    env: EnvConfig,
+    collection: CollectConfig,
+    seed: int,
+    round: int,
+) -> Facts:
+    """Play with a random policy, in later rounds with the newest controller and noise."""
+    player = RandomPlayer(collection.policy)
+    if "controller" in inputs:
+        player = AgentPlayer(inputs["controller"] / "agent", noise=collection.noise)
+    with Workers(trainer.workers) as workers:
+        collect(env, player, training_seeds(seed, round, collection.episodes), folder, workers)
+    return {f"collect/{name}": value for name, value in EpisodeStore([folder]).summary().items()}
+
+
+def collected(inputs: Inputs) -> EpisodeStore:
+    """The episodes of all rounds so far, in the order of the rounds."""
+    rounds = sorted((role for role in inputs if role.startswith("collect")), key=len)
+    return EpisodeStore([inputs[role] for role in rounds])
+
+
+def train_vision(
+    folder: Path,
+    inputs: Inputs,
+    run: StageRun,
+    trainer: TrainerConfig,
+    *,
+    vision: VisionConfig,
+    seed: int,
+) -> Facts:
+    """Train V on frames of all rounds, then encode every frame once."""
+    L.seed_everything(seed, verbose=False)
+    store, model = collected(inputs), ConvVAE(vision, seed)
+    if "vision" in inputs:
+        load_weights(model, inputs["vision"] / "vision.safetensors")
+    data = frames_data(store, vision, seed, EPOCH_STEPS)
+    fit(model, data, folder, trainer, run.loggers, vision.precision)
+    save_tensors(folder / "vision.safetensors", model.cpu().eval().state_dict())
+    encode_store(model, store, folder / "latents")
+    draw_vision(model, store, folder, run)
+    return last_metrics(folder, "vision/val_", "vision/active")
+
+
+def encode_store(vision: ConvVAE, store: EpisodeStore, folder: Path) -> None:
+    """Mean and log-variance of every frame of a store, in its order, as two .npy files."""
+    partial_folder = folder.with_name(f".{folder.name}")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    partial_folder.mkdir()
+    shape = (store.total_frames, vision.config.latent)
+    names = ("mean", "log_variance")
+    arrays = [
+        np.lib.format.open_memmap(partial_folder / f"{name}.npy", "w+", np.float32, shape)
+        for name in names
+    ]
+    starts = range(0, store.total_frames, ENCODE_BATCH)
+    for first in tqdm(starts, "encode", unit="batch"):
+        numbers = np.arange(first, min(first + ENCODE_BATCH, store.total_frames))
+        encoded = encode_frames(vision, store.frames(numbers))
+        for array, part in zip(arrays, encoded, strict=True):
+            array[numbers] = part
+    for array in arrays:
+        array.flush()
+    os.replace(partial_folder, folder)
+
+
+def draw_vision(vision: ConvVAE, store: EpisodeStore, folder: Path, run: StageRun) -> None:
+    _, validation = store.split()
+    owned = np.concatenate(
+        [store.first_frame[e] + np.arange(store.steps[e] + 1) for e in validation]
+    )
+    shown = owned[np.linspace(0, len(owned) - 1, PICTURE_FRAMES).astype(int)]
+    frames = store.frames(shown)
+    run.log_file(pictures.reconstructions(vision, frames, folder / "reconstructions.png"))
+    means = np.asarray(Latents(folder / "latents").mean[owned])
+    run.log_file(pictures.traversals(vision, means, folder / "traversals.png"))
+    run.log_file(folder / "vision.safetensors", "checkpoint")
+
+
+def train_memory(
+    folder: Path,
+    inputs: Inputs,
+    run: StageRun,
+    trainer: TrainerConfig,
+    *,
+    env: EnvConfig,
+    vision: VisionConfig,
+    memory: MemoryConfig,
+    seed: int,
+) -> Facts:
+    """Train M on the latents of all rounds."""
+    L.seed_everything(seed, verbose=False)
+    store, latents = collected(inputs), Latents(inputs["vision"] / "latents")
+    model = MDNRNN(memory, vision.latent, *action_space(env.name).shape, seed)
+    if "memory" in inputs:
+        load_weights(model, inputs["memory"] / "memory.safetensors")
+    data = sequences_data(store, latents, memory, seed, EPOCH_STEPS)
+    fit(model, data, folder, trainer, run.loggers, memory.precision, memory.clip)
+    save_tensors(folder / "memory.safetensors", model.cpu().eval().state_dict())
+    draw_memory(load_vision(vision, inputs), model, store, latents, env.name, folder, run)
+    return last_metrics(folder, "memory/val_", "memory/end")
+
+
+def load_vision(config: VisionConfig, inputs: Inputs) -> ConvVAE:
+    vision = ConvVAE(config)
+    load_weights(vision, inputs["vision"] / "vision.safetensors")
+    return vision.eval()
+
+
+def draw_memory(
+    vision: ConvVAE,
+    memory: MDNRNN,
+    store: EpisodeStore,
+    latents: Latents,
+    game: str,
+    folder: Path,
+    run: StageRun,
+) -> None:
+    _, validation = store.split()
+    number = max(validation, key=lambda e: store.steps[e])
+    first = store.first_frame[number]
+    means = np.array(latents.mean[first : first + store.steps[number] + 1])
+    path = folder / "futures.png"
+    run.log_file(pictures.futures(vision, memory, store[number], means, path))
+    run.log_file(folder / "memory.safetensors", "checkpoint")
+    errors = pictures.prediction_error(memory, store, latents, validation, game, ERROR_HORIZON)
+    if errors:
+        run.log_file(pictures.prediction_error_curve(errors, folder / "prediction_error.png"))
+        for step, error in enumerate(errors["M, left alone"], start=1):
+            run.log_metrics({"memory/error_by_horizon": float(error)}, step)
+
+
+@torch.inference_mode()
+def make_starts(memory: MDNRNN, store: EpisodeStore, latents: Latents, kind: str, seed: int):
+    """Places in training episodes where dreams begin, with M warmed up from the episode's start."""
+    generator = np.random.default_rng(seed)
+    train, _ = store.split()
+    share = store.steps[train] / store.steps[train].sum()
+    episodes = generator.choice(train, STARTS, p=share)
+    steps = generator.integers(0, store.steps[episodes]) * (kind == "any")
+    places = sorted(zip(steps.tolist(), episodes.tolist(), strict=True))
+    chunks = [places[i : i + 64] for i in range(0, len(places), 64)]
+    parts = [_warm_chunk(memory, store, latents, chunk) for chunk in chunks]
+    return Starts(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _warm_chunk(
+    memory: MDNRNN, store: EpisodeStore, latents: Latents, places: list[tuple[int, int]]
+) -> Starts:
+    """Starts at (step, episode) places, of similar steps."""
+    longest = max(1, places[-1][0])
+    actions = np.zeros((len(places), longest, store[0].actions.shape[1]), np.float32)
+    means = np.zeros((len(places), longest, memory.latent), np.float32)
+    current = np.zeros((len(places), memory.latent), np.float32)
+    for row, (step, episode) in enumerate(places):
+        first = store.first_frame[episode]
+        means[row, :step] = latents.mean[first : first + step]
+        actions[row, :step] = store[episode].actions[:step]
+        current[row] = latents.mean[first + step]
+    lengths = torch.tensor([step for step, _ in places])
+    state = memory.warm_up(torch.from_numpy(means), torch.from_numpy(actions), lengths)
+    return Starts(torch.from_numpy(current), torch.stack([layer[0] for layer in state], dim=1))
+
+
+def evolve_controller(
+    folder: Path,
+    inputs: Inputs,
+    run: StageRun,
+    trainer: TrainerConfig,
+    *,
+    config: AgentConfig,
+    seed: int,
+    round: int,
+) -> Facts:
+    """Evolve C, in the dream or in the real game, and save the whole agent."""
+    agent = new_agent(config, inputs, seed)
+    agent.save(folder / "agent")
+    settings = config.controller
+    seeds = partial(generation_seeds, settings.episodes, seed, round)
+    search_seed = int(np.random.SeedSequence(seed, spawn_key=(round,)).generate_state(1)[0])
+    make_strategy = partial(
+        STRATEGIES[settings.optimizer], settings, agent.weights.double().numpy(), search_seed
+    )
+    with Workers(trainer.workers) as workers:
+        play = partial(play_candidate, workers, config.env, folder / "agent")
+        dream = settings.fitness == "dream"
+        fitness = dream_fitness(agent, seeds) if dream else real_fitness(play, seeds)
+        judges = validation_seeds(settings.validation_episodes)
+        module = Evolution(agent.weights, fitness, lambda weights: play(weights, judges))
+        data = StepsData(int, [0], settings.generations, settings.validate_every)
+        fit(module, data, folder, trainer, run.loggers, callbacks=[AskAndTell(make_strategy)])
+    chosen = module.best if settings.keep == "best" else module.mean.detach()
+    kept = {"best": module.best, "mean": module.mean.detach(), "score": module.best_score[None]}
+    save_tensors(folder / "controllers.safetensors", kept)
+    Agent(config, agent.vision, agent.memory, chosen, agent.starts).save(folder / "agent")
+    run.log_folder(folder / "agent", "agent")
+    draw_evolution(folder, run)
+    steps = read_metrics(folder).get("controller/real_steps", {})
+    return {"best/real_score": module.best_score.item(), "collect/real_steps": sum(steps.values())}
+
+
+def new_agent(config: AgentConfig, inputs: Inputs, seed: int) -> Agent:
+    """V and M of this round, C at zero or at the last round's mean, starts for the dreams."""
+    vision = load_vision(config.vision, inputs)
+    memory = MDNRNN(config.memory, config.vision.latent, *action_space(config.env.name).shape)
+    load_weights(memory, inputs["memory"] / "memory.safetensors")
+    latents = Latents(inputs["vision"] / "latents")
+    starts = make_starts(memory, collected(inputs), latents, config.controller.start, seed)
+    agent = Agent(config, vision, memory.eval(), torch.empty(0), starts)
+    weights = torch.zeros(agent.parameters, dtype=torch.float64)
+    if "controller" in inputs:
+        weights = load_tensors(inputs["controller"] / "controllers.safetensors")["mean"]
+    return Agent(config, vision, memory.eval(), weights, starts)
+
+
+def generation_seeds(episodes: int, seed: int, round: int, generation: int) -> list[int]:
+    """Episode seeds that every candidate of a generation meets, from the training range."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(round, generation))
+    return (sequence.generate_state(episodes) % VALIDATION_SEEDS).tolist()
+
+
+def play_candidate(
+    workers: Workers, env: EnvConfig, agent: Path, weights: Tensor, seeds: list[int]
+) -> list[Outcome]:
+    return list(workers.play(env, AgentPlayer(agent, weights), seeds))
+
+
+def real_fitness(
+    play: Callable[[Tensor, list[int]], list[Outcome]], seeds: Callable[[int], list[int]]
+) -> Fitness:
+    """The mean return in the real game behind V and M."""
+
+    def fitness(candidates: Tensor, generation: int) -> Tensor:
+        scores = [mean_return(play(weights, seeds(generation))) for weights in candidates]
+        return torch.tensor(scores, dtype=torch.float64)
+
+    return fitness
+
+
+def draw_evolution(folder: Path, run: StageRun) -> None:
+    history = read_metrics(folder)
+    names = {"fitness_best": "best", "fitness_mean": "mean", "fitness_worst": "worst"}
+    lines = {label: history[f"controller/{name}"] for name, label in names.items()}
+    lines["real game (validation)"] = history["controller/real_score"]
+    points = {name: (list(line), list(line.values())) for name, line in lines.items()}
+    figure = figures.curves(points, "generation", "return")
+    run.log_file(figures.save(figure, folder / "evolution.png"))
+
+
+def import_agent(
+    folder: Path,
+    inputs: Inputs,
+    run: StageRun,
+    trainer: TrainerConfig,
+    *,
+    source: Path,
+    hashes: dict[str, str],
+) -> Facts:
+    """Copy an agent from elsewhere, so that its evaluation stands beside it."""
+    shutil.copytree(source, folder / "agent", dirs_exist_ok=True)
+    return {}
+
+
+def play_baseline(
+    folder: Path,
+    inputs: Inputs,
+    run: StageRun,
+    trainer: TrainerConfig,
+    *,
+    env: EnvConfig,
+    evaluation: EvaluateConfig,
+) -> Facts:
+    """The random policy on the held-out seeds."""
+    with Workers(trainer.workers) as workers:
+        player = RandomPlayer("uniform")
+        outcomes = play_held_out(env, player, evaluation.episodes, workers, "random policy")
+    return _keep_score(outcomes, folder, run, "random")
+
+
+def evaluate_agent(
+    folder: Path,
+    inputs: Inputs,
+    run: StageRun,
+    trainer: TrainerConfig,
+    *,
+    env: EnvConfig,
+    evaluation: EvaluateConfig,
+) -> Facts:
+    """The agent on the held-out seeds, and what it saw and dreamt in a median episode."""
+    player = AgentPlayer(inputs["controller"] / "agent")
+    with Workers(trainer.workers) as workers:
+        outcomes = play_held_out(env, player, evaluation.episodes, workers, "agent")
+        facts = _keep_score(outcomes, folder, run, "eval")
+        middle = sorted(outcomes, key=lambda outcome: outcome.episode_return)[len(outcomes) // 2]
+        (episode,) = record(env, player, [middle.seed])
+    draw_life(Agent.load(player.folder), episode, folder, run)
+    return facts
+
+
+def _keep_score(outcomes: list[Outcome], folder: Path, run: StageRun, name: str) -> Facts:
+    write_outcomes(folder / "episodes.csv", outcomes)
+    run.log_file(folder / "episodes.csv")
+    result = score([outcome.episode_return for outcome in outcomes])
+    return {
+        f"{name}/mean": result.mean,
+        f"{name}/std": result.std,
+        f"{name}/ci_low": result.ci_low,
+        f"{name}/ci_high": result.ci_high,
+    }
+
+
+def draw_life(agent: Agent, episode: Episode, folder: Path, run: StageRun) -> None:
+    game, temperature = agent.config.env.name, agent.config.controller.temperature
+    strip = folder / "filmstrip.png"
+    pictures.filmstrip(agent.vision, agent.memory, episode, game, temperature, strip)
+    run.log_file(strip)
+    frames = pictures.side_by_side(agent.vision, episode)
+    run.log_file(figures.video(frames, folder / "episode.mp4"))
+
+
+def last_metrics(folder: Path, *prefixes: str) -> Facts:
+    """The final value of every metric that begins with one of the prefixes."""
+    history = read_metrics(folder)
+    return {
+        name: values[max(values)] for name, values in history.items() if name.startswith(prefixes)
+    }
