@@ -4,7 +4,13 @@ Importing this package registers the dreams with Gymnasium (by name only, nothin
 `gym.make("wm/CarRacingDream-v0", run=...)` and `gym.make("wm/TakeCoverDream-v0", run=...)`.
 """
 
-import gymnasium
+import os
+
+# OpenMP threads that wait must sleep: spinning, two processes on the same cores slow each other
+# down tenfold and more (measured). Read when torch is loaded, so it is set before.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import gymnasium  # noqa: E402
 
 __version__ = "0.1.0"
 

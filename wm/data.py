@@ -22,7 +22,7 @@ def batch_generator(seed: int, step: int) -> np.random.Generator:
 
 
 class Frames:
-    """Random frames of some episodes as uint8 tensors [B,64,64,3]."""
+    """Random frames of some episodes and the frames before them, uint8 [B,64,64,3] each."""
 
     def __init__(self, store: EpisodeStore, episodes: np.ndarray, batch: int, seed: int):
         self.store, self.batch, self.seed = store, batch, seed
@@ -34,16 +34,20 @@ class Frames:
         episode = np.searchsorted(self.ends, positions, side="right")
         return self.first[episode] + positions - (self.ends - self.count)[episode]
 
-    def __call__(self, step: int) -> torch.Tensor:
+    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         positions = batch_generator(self.seed, step).integers(self.ends[-1], size=self.batch)
-        return torch.from_numpy(self.store.frames(self.numbers(positions)))
+        return self._gather(self.numbers(positions))
 
-    def evenly(self, count: int) -> list[torch.Tensor]:
+    def evenly(self, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of about `count` frames spread evenly over the episodes."""
         positions = np.linspace(0, self.ends[-1] - 1, min(count, self.ends[-1])).astype(int)
         cuts = range(self.batch, len(positions), self.batch)
-        batches = np.split(self.numbers(positions), list(cuts))
-        return [torch.from_numpy(self.store.frames(numbers)) for numbers in batches]
+        return [self._gather(part) for part in np.split(self.numbers(positions), list(cuts))]
+
+    def _gather(self, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        before = np.where(np.isin(numbers, self.first), numbers, numbers - 1)
+        frames = self.store.frames(np.concatenate([numbers, before]))
+        return torch.from_numpy(frames).split(len(numbers))
 
 
 class Latents:

@@ -5,6 +5,7 @@ tics, one reward a tic); `tiny` is a game of a few lines for tests.
 """
 
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -108,6 +109,9 @@ class TakeCover(gym.Env):
         game.set_doom_skill(self.SKILL)  # the scenario's file is not to be relied upon for either
         game.set_episode_timeout(config.max_steps)
         game.set_window_visible(False)
+        self.scratch = tempfile.TemporaryDirectory(prefix="vizdoom-")
+        ini = os.path.join(self.scratch.name, "vizdoom.ini")
+        game.set_doom_config_path(ini)  # else it leaves a file in the user's folder
         game.set_screen_format(vizdoom.ScreenFormat.RGB24)
         game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
         game.set_available_buttons([vizdoom.Button.MOVE_LEFT, vizdoom.Button.MOVE_RIGHT])
@@ -134,6 +138,7 @@ class TakeCover(gym.Env):
 
     def close(self):
         self.game.close()
+        self.scratch.cleanup()
 
 
 class Catch(gym.Env):

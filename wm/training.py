@@ -4,6 +4,7 @@ A run of N steps is cut into epochs of `epoch_steps`. Batches and noise depend o
 and checkpoints are written between epochs, so a run that was killed ends as if it had not been.
 """
 
+import logging
 import os
 import warnings
 from dataclasses import dataclass
@@ -23,6 +24,12 @@ from wm.files import sha256, write_atomically
 from wm.stages import CHECKPOINTS
 
 KEPT_CHECKPOINTS = 2
+HARMLESS = (  # advice of Lightning that does not fit: batches are made whole, folders are resumed
+    "does not have many workers",
+    "exists and is not empty",
+    "smaller than the logging interval",
+    "treespec, LeafSpec",
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ def fit(
         save_top_k=KEPT_CHECKPOINTS,
         save_on_train_epoch_end=True,
     )
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = L.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
@@ -114,8 +122,8 @@ def fit(
         use_distributed_sampler=False,
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+        for harmless in HARMLESS:
+            warnings.filterwarnings("ignore", message=f".*{harmless}.*")
         trainer.fit(module, data, ckpt_path=newest_checkpoint(folder / CHECKPOINTS))
     if trainer.interrupted or trainer.global_step < data.steps:
         raise KeyboardInterrupt

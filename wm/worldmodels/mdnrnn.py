@@ -38,7 +38,7 @@ class MemoryConfig:
     batch: int = bounded(32, 1)
     length: int = bounded(128, 2)  # steps of a training segment
     steps: int = bounded(2000, 1)  # in each round
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"  # of the recurrent layer only
 
 
 class Prediction(NamedTuple):
@@ -132,17 +132,19 @@ class MDNRNN(L.LightningModule):
         return tuple(layer * (lengths > 0)[None, :, None] for layer in state)
 
     def predict(self, hidden: Tensor) -> Prediction:
-        """The heads on hidden outputs [...,H], in float32."""
+        """The heads on hidden outputs [...,H]: in float32, whatever the recurrent layer runs in."""
         K, Z = self.config.mixtures, self.latent
         sizes = [self.weights_size, self.mixture_size, self.mixture_size]
-        logits, mean, log_sigma = self.mixture_head(hidden).float().split(sizes, dim=-1)
-        return Prediction(
-            logits.unflatten(-1, (K, -1)).log_softmax(dim=-2),
-            mean.unflatten(-1, (K, Z)),
-            log_sigma.unflatten(-1, (K, Z)).clamp(*LOG_SIGMA_RANGE),
-            None if self.reward_head is None else self.reward_head(hidden).float().squeeze(-1),
-            None if self.end_head is None else self.end_head(hidden).float().squeeze(-1),
-        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.float()
+            logits, mean, log_sigma = self.mixture_head(hidden).split(sizes, dim=-1)
+            return Prediction(
+                logits.unflatten(-1, (K, -1)).log_softmax(dim=-2),
+                mean.unflatten(-1, (K, Z)),
+                log_sigma.unflatten(-1, (K, Z)).clamp(*LOG_SIGMA_RANGE),
+                None if self.reward_head is None else self.reward_head(hidden).squeeze(-1),
+                None if self.end_head is None else self.end_head(hidden).squeeze(-1),
+            )
 
     def forward(self, latent: Tensor, action: Tensor, state: State | None = None):
         """Predictions for the next step of each of T steps, and the state after them."""

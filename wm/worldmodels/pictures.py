@@ -63,26 +63,22 @@ def dream_along(
 
 @torch.inference_mode()
 def futures(
-    vision: ConvVAE, memory: MDNRNN, episode: Episode, latents: np.ndarray, path: Path
+    vision: ConvVAE, memory: MDNRNN, episode: Episode, latents: np.ndarray, game: str, path: Path
 ) -> Path:
-    """One real frame, the real next one, and sampled ones from the same state."""
+    """One real frame, the real next one, and sampled ones from the same state and action."""
     now = liveliest_step(latents)
-    state = warm_start(
-        memory,
-        torch.from_numpy(latents[None, : now + 2]),
-        torch.from_numpy(episode.actions[None, : now + 1]),
-    ).state
-    prediction = memory.predict(state[:, 0])  # the hidden that has seen (z, a) of `now`
-    many = type(prediction)(
-        *(p if p is None else p.expand(FUTURES, *p.shape[1:]) for p in prediction)
+    actions = torch.from_numpy(episode.actions[None])
+    start = warm_start(memory, torch.from_numpy(latents[None, : now + 1]), actions[:, :now])
+    copies = Starts(start.latent.expand(FUTURES, -1), start.state.expand(FUTURES, -1, -1))
+    action = actions[:, now : now + 1].expand(FUTURES, -1, -1)
+    sampled = dream_along(memory, copies, action, game, temperature=1.0)[:, 0]
+    hidden, _ = memory.advance(
+        copies.latent[:, None], action, copies.pick(torch.arange(FUTURES))[1]
     )
-    generator = torch.Generator().manual_seed(0)
-    uniform = torch.rand(FUTURES, memory.uniform_size, generator=generator)
-    normal = torch.randn(FUTURES, memory.latent, generator=generator)
-    sampled = decode(vision, sample_mixture(many, 1.0, uniform, normal))
-    weights = prediction.log_pi[0].exp().mean(-1).numpy()  # factored: averaged over dimensions
+    weights = memory.predict(hidden[0, 0]).log_pi.exp().mean(-1)  # factored: mean over dimensions
     frames = episode.frames[now], episode.frames[now + 1]
-    return figures.save(figures.futures(*frames, list(sampled), weights), path)
+    drawn = figures.futures(*frames, list(decode(vision, sampled)), weights.numpy())
+    return figures.save(drawn, path)
 
 
 def liveliest_step(latents: np.ndarray) -> int:
@@ -102,8 +98,7 @@ def prediction_error(
 ) -> dict[str, np.ndarray]:
     """Root mean squared error of latents [horizon], of M left alone and of a frozen picture.
 
-    Raises nothing on short episodes: those without WARM_UP + horizon steps are left out; empty
-    arrays come back when none is long enough.
+    Over up to 64 episodes of at least WARM_UP + horizon steps; empty when there is none.
     """
     long_enough = [e for e in episodes if store.steps[e] >= WARM_UP + horizon][:64]
     if not long_enough:

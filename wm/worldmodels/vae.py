@@ -25,6 +25,7 @@ class VisionConfig:
     beta: float = bounded(1.0, 0.0)  # weight of the KL, on the scale of `likelihood`
     likelihood: Literal["gaussian", "bernoulli"] = "gaussian"  # of variance 1/2, or per pixel
     free_nats: float = bounded(0.0, 0.0)  # floor of the KL per latent; the original code has 0.5
+    motion_weight: float = bounded(0.0, 0.0)  # extra weight of pixels that have just changed
     learning_rate: float = bounded(1e-4, 0.0)  # as in the original code
     batch: int = bounded(100, 1)
     steps: int = bounded(3000, 1)  # in each round
@@ -50,16 +51,27 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
     return -0.5 * (1 + log_variance - mean.square() - log_variance.exp())
 
 
-def reconstruction_loss(logits: Tensor, images: Tensor, likelihood: str) -> Tensor:
+def reconstruction_loss(
+    logits: Tensor, images: Tensor, likelihood: str, weight: Tensor | float = 1.0
+) -> Tensor:
     """-log p(image | latent) up to a constant, summed over pixels, averaged over the batch.
 
     gaussian: the squared error, which is a Gaussian of variance 1/2; bernoulli: cross-entropy.
+    weight [B,1,64,64] multiplies the loss of each pixel.
     """
     if likelihood == "bernoulli":
         loss = F.binary_cross_entropy_with_logits(logits, images, reduction="none")
     else:
         loss = (logits.sigmoid() - images).square()
-    return loss.flatten(1).sum(1).mean()
+    return (weight * loss).flatten(1).sum(1).mean()
+
+
+def motion(images: Tensor, previous: Tensor) -> Tensor:
+    """How much each pixel has changed, the largest of its colours: [B,1,64,64] in [0,1].
+
+    A fireball far away is four pixels of 4,096: without weight it is the last thing V learns.
+    """
+    return (images - previous).abs().amax(1, keepdim=True)
 
 
 class ConvVAE(L.LightningModule):
@@ -105,21 +117,26 @@ class ConvVAE(L.LightningModule):
         latent = mean + (log_variance / 2).exp() * noise
         return self.decode_logits(latent), mean, log_variance
 
-    def loss(self, frames: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """The negative ELBO of a batch of frames and its two parts, in nats per frame."""
+    def loss(self, frames: Tensor, previous: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """The negative ELBO of a batch of frames and its two parts, in nats per frame.
+
+        previous: the frames before, for the motion weight.
+        """
         images = to_images(frames)
         logits, mean, log_variance = self(images, noise)
-        reconstruction = reconstruction_loss(logits, images, self.config.likelihood)
+        weight = 1 + self.config.motion_weight * motion(images, to_images(previous))
+        reconstruction = reconstruction_loss(logits, images, self.config.likelihood, weight)
         kl = gaussian_kl(mean, log_variance).mean(0)  # [Z]
         floored = kl.clamp(min=self.config.free_nats).sum()
         loss = reconstruction + self.config.beta * floored
         return {"loss": loss, "reconstruction": reconstruction, "kl": kl.sum(), "mean": mean}
 
-    def training_step(self, frames: Tensor, number: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
+        frames, previous = batch
         shape = (len(frames), self.config.latent)
         generator = noise_generator(self.seed, self.global_step, self.device)
         noise = torch.randn(shape, generator=generator, device=self.device)
-        parts = self.loss(frames, noise)
+        parts = self.loss(frames, previous, noise)
         self.log("vision/loss", parts["loss"], prog_bar=True)
         self.log_dict({f"vision/{name}": parts[name] for name in ("reconstruction", "kl")})
         return parts["loss"]
@@ -127,8 +144,10 @@ class ConvVAE(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.validation_means: list[Tensor] = []
 
-    def validation_step(self, frames: Tensor, number: int) -> None:
-        parts = self.loss(frames, torch.zeros(len(frames), self.config.latent, device=self.device))
+    def validation_step(self, batch: tuple[Tensor, Tensor], number: int) -> None:
+        frames, previous = batch
+        at_mean = torch.zeros(len(frames), self.config.latent, device=self.device)
+        parts = self.loss(frames, previous, at_mean)
         names = ("loss", "reconstruction", "kl")
         self.log_dict({f"vision/val_{name}": parts[name] for name in names}, batch_size=len(frames))
         self.validation_means.append(parts["mean"])

@@ -189,7 +189,7 @@ def draw_memory(
     first = store.first_frame[number]
     means = np.array(latents.mean[first : first + store.steps[number] + 1])
     path = folder / "futures.png"
-    run.log_file(pictures.futures(vision, memory, store[number], means, path))
+    run.log_file(pictures.futures(vision, memory, store[number], means, game, path))
     run.log_file(folder / "memory.safetensors", "checkpoint")
     errors = pictures.prediction_error(memory, store, latents, validation, game, ERROR_HORIZON)
     if errors:

@@ -1,0 +1,46 @@
+# World Models. `make help` lists the targets; every one works without display, GPU or root.
+PYTHON ?= python3
+VENV := .venv
+WM := $(VENV)/bin/wm
+ARGS ?=
+
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/installed  ## create .venv and install the project
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/tested: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: setup  ## take-cover at a small scale, from the first frame to a score (15 minutes)
+	$(WM) run env=takecover scale=demo $(ARGS)
+
+carracing: setup  ## the full CarRacing pipeline (about two hours on 2 cores)
+	$(WM) run env=carracing scale=laptop $(ARGS)
+
+takecover: setup  ## the full take-cover pipeline (about two hours on 2 cores)
+	$(WM) run env=takecover scale=laptop $(ARGS)
+
+ui: setup  ## browse all runs in MLflow, on this machine only
+	$(VENV)/bin/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
+
+test: $(VENV)/tested  ## run the test suite
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/tested  ## check format and style
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help setup demo carracing takecover ui test lint clean

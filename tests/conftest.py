@@ -1,0 +1,51 @@
+"""What many tests share: a folder of their own, game processes, a tracker, a full disk."""
+
+import os
+import resource
+from contextlib import contextmanager
+
+import pytest
+
+from wm.tracking import Tracker
+from wm.workers import Workers
+
+os.environ.pop("MLFLOW_TRACKING_URI", None)  # tests talk to no server
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """The current folder is empty, and whatever is left in it is not left in the checkout."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def workers():
+    """Two game processes for all tests: their imports take longer than the games."""
+    with Workers(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def tracker(tmp_path_factory):
+    """A parent run in a database of the session's own: making one takes longer than its use."""
+    config = {"env": {"name": "tiny"}, "scale": "smoke", "seed": 0}
+    return Tracker(tmp_path_factory.mktemp("tracker"), config, "a fingerprint")
+
+
+@pytest.fixture
+def disk_full():
+    """A context in which no file can grow beyond so many bytes, whoever runs the tests."""
+
+    @contextmanager
+    def limit(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit

@@ -1,0 +1,63 @@
+"""Collecting: only what is missing is played, and it is what would have been played before."""
+
+import shutil
+
+import pytest
+
+from wm import WMError
+from wm.collect import SHARD_EPISODES, collect, record, shard_folder
+from wm.envs import EnvConfig
+from wm.episodes import EpisodeStore
+from wm.files import hashes
+from wm.workers import RandomPlayer, play
+
+TINY = EnvConfig("tiny", max_steps=40, typical_steps=12)
+SEEDS = range(30, 40)  # two full shards and half of one
+PLAYER = RandomPlayer("brownian")
+
+
+def test_collecting_again_plays_only_what_is_missing_and_the_same(workers, tmp_path):
+    collect(TINY, PLAYER, SEEDS, tmp_path, workers)
+    before = hashes(tmp_path)
+    first, second = sorted(tmp_path.glob("shard-*"))[:2]
+    kept = {path: path.stat().st_mtime_ns for path in [first, *first.iterdir()]}
+    shutil.rmtree(second)
+    collect(TINY, PLAYER, SEEDS, tmp_path, workers)
+    assert hashes(tmp_path) == before
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+    store = EpisodeStore([tmp_path])
+    assert [entry.seed for entry in store.index] == list(SEEDS)
+    outcomes = play(TINY, PLAYER, SEEDS)  # what is kept is what a player plays
+    assert [e.steps for e in store.index] == [o.steps for o in outcomes]
+    assert [e.episode_return for e in store.index] == [o.episode_return for o in outcomes]
+
+
+def test_more_episodes_add_to_those_that_are_there(workers, tmp_path):
+    collect(TINY, PLAYER, SEEDS[:SHARD_EPISODES], tmp_path, workers)
+    before = hashes(tmp_path)
+    collect(TINY, PLAYER, SEEDS[: 2 * SHARD_EPISODES], tmp_path, workers)
+    assert before.items() < hashes(tmp_path).items()
+
+
+def test_recording_again_gives_the_same_whatever_was_played_before():
+    (alone,) = record(TINY, PLAYER, [7])
+    after_others = record(TINY, PLAYER, [5, 6, 7])[-1]
+    assert (alone.frames == after_others.frames).all()
+    assert (alone.actions == after_others.actions).all()
+    assert alone.seed == 7
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_played(workers, tmp_path):
+    endless = EnvConfig("tiny", max_steps=40, typical_steps=10**15)
+    with pytest.raises(WMError, match=r"need about .* GB .* free; lower collect\.episodes"):
+        collect(endless, PLAYER, SEEDS, tmp_path, workers)
+    assert list(tmp_path.glob("shard-*")) == []
+
+
+def test_what_is_there_needs_no_disk(workers, tmp_path, capsys):
+    for first in (0, SHARD_EPISODES):
+        shard_folder(tmp_path, SEEDS[first:]).mkdir()
+    endless = EnvConfig("tiny", typical_steps=10**15)
+    collect(endless, PLAYER, SEEDS[: 2 * SHARD_EPISODES], tmp_path, workers)
+    assert "collect: 0 episodes" in capsys.readouterr().out

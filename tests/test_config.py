@@ -1,0 +1,155 @@
+"""Configuration: which layer wins, what is refused and how, the paper's sizes."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import pytest
+from omegaconf import OmegaConf
+
+from wm.config import CONF, ConfigError, bounded, choices, from_yaml, load, plain, to_yaml
+from wm.worldmodels.pipeline import Config
+
+GAMES, SCALES = choices(CONF, "env"), choices(CONF, "scale")
+
+
+@dataclass(frozen=True)
+class Game:
+    name: str = "left"
+
+
+@dataclass(frozen=True)
+class Part:
+    size: int = bounded(1, 1, 100)
+    depth: int = bounded(1, 1)
+
+
+@dataclass(frozen=True)
+class Tree:
+    env: Game = field(default_factory=Game)
+    part: Part = field(default_factory=Part)
+    scale: str = "small"
+
+
+@pytest.fixture
+def conf(tmp_path):
+    """Two games and two scales; each layer of the sizes has a value of its own."""
+    files = {
+        "config": {"env": {"name": "left"}, "scale": "small"},
+        "env/left": {"part": {"size": 2, "depth": 2}},
+        "env/right": {},
+        "scale/small": {},
+        "scale/big": {"part": {"size": 3}, "left": {"part": {"size": 4}}},
+    }
+    for name, content in files.items():
+        path = tmp_path / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        OmegaConf.save(OmegaConf.create(content), path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "words, size, depth",
+    [
+        (["env=right"], 1, 1),  # the dataclass alone
+        ([], 2, 2),  # env over defaults
+        (["env=right", "scale=big"], 3, 1),  # scale over defaults, the other game's section unheard
+        (["env=left", "scale=big"], 4, 2),  # the game's own section over the scale's and the env's
+        (["scale=big", "part.size=5"], 5, 2),  # words over everything
+        (["part.size=5", "part.size=6"], 6, 2),  # the last word wins
+    ],
+)
+def test_overrides_win_over_scale_over_env_over_defaults(conf, words, size, depth):
+    config = load(Tree, words, conf)
+    assert config.part == Part(size, depth)
+
+
+@pytest.mark.parametrize("game", GAMES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_shipped_configuration_loads_and_survives_yaml(game, scale, tmp_path):
+    config = load(Config, [f"env={game}", f"scale={scale}", "seed=7"])
+    assert (config.env.name, config.scale, config.seed) == (game, scale, 7)
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert from_yaml(Config, path) == config
+    assert from_yaml(Config, path, ["seed=8"]) == dataclasses.replace(config, seed=8)
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["controller.temprature=1"], ["controller.temprature", "'controller.temperature'"]),
+        (["temperature=1.15"], ["'temperature'", "'controller.temperature'"]),
+        (["vizion.steps=3"], ["vizion", "'vision.steps'"]),
+        (["nonsense.foo=1"], ["nonsense", "did you mean"]),
+        (["vision.steps=many"], ["vision.steps", "many"]),
+        (["vision.steps=1.5"], ["vision.steps", "1.5"]),
+        (["vision=3"], ["vision", "3"]),
+        (["seed="], ["seed"]),
+        (["controller.optimizer=cmaes"], ["controller.optimizer", "'cma'", "'es'"]),
+        (["controller.temperature=0"], ["controller.temperature=0", "0.01"]),
+        (["controller.temperature=.nan"], ["controller.temperature"]),
+        (["seed=2000"], ["seed=2000", "1999"]),
+        (["controller.gas_limit=1.5"], ["controller.gas_limit=1.5", "1.0"]),
+        (["env=takecovr"], ["env=takecovr", "takecover"]),
+        (["scale=papr"], ["scale=papr", "paper"]),
+        (["env.name=doom"], ["env.name", "takecover"]),
+        (["seed"], ["'seed'", "key=value"]),
+        (["seed=[1"], ["seed=[1"]),
+    ],
+    ids=lambda value: value[0] if len(value) == 1 else "",
+)
+def test_what_cannot_be_meant_is_refused_in_one_line_with_the_nearest_valid(words, says):
+    with pytest.raises(ConfigError) as refusal:
+        load(Config, words)
+    message = str(refusal.value)
+    assert all(part in message for part in says), message
+    assert "None" not in message.replace("'None'", "") or words == ["seed="], message
+    assert len(message.splitlines()) == 1, message
+
+
+def test_a_game_never_runs_with_the_settings_of_another():
+    try:
+        config = load(Config, ["env.name=carracing", "scale=paper"])
+    except ConfigError:
+        return  # as good: the user is told
+    assert config == load(Config, ["env=carracing", "scale=paper"])
+
+
+@pytest.mark.parametrize("game, latent, hidden", [("carracing", 32, 256), ("takecover", 64, 512)])
+def test_scale_paper_has_the_papers_sizes(game, latent, hidden):
+    config = load(Config, [f"env={game}", "scale=paper"])
+    assert (config.vision.latent, config.memory.hidden, config.memory.mixtures) == (
+        latent,
+        hidden,
+        5,
+    )
+    assert config.memory.cell == "lstm"
+    assert config.collect.episodes == 10_000
+    c = config.controller
+    assert (c.population, c.episodes, c.generations, c.optimizer) == (64, 16, 1800, "cma")
+
+
+@pytest.mark.parametrize(
+    "game, max_steps, features, fitness",
+    [("carracing", 1000, "zh", "real"), ("takecover", 2100, "zhc", "dream")],
+)
+def test_scale_paper_plays_the_official_game_as_the_paper_did(game, max_steps, features, fitness):
+    config = load(Config, [f"env={game}", "scale=paper"])
+    assert config.env.max_steps == max_steps
+    assert (config.controller.features, config.controller.fitness) == (features, fitness)
+    assert config.evaluate.episodes == 100
+
+
+def test_nothing_can_change_a_configuration():
+    config = load(Config, [])
+    parts = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    for part in [config, *filter(dataclasses.is_dataclass, parts)]:
+        name = dataclasses.fields(part)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, name, getattr(part, name))
+
+
+def test_plain_values_survive_json_and_cover_every_field():
+    tree = plain(load(Config, []))
+    assert set(tree) == {field.name for field in dataclasses.fields(Config)}
+    assert isinstance(tree["vision"], dict) and isinstance(tree["vision"]["latent"], int)
