@@ -10,7 +10,7 @@ import os
 # down tenfold and more (measured). Read when torch is loaded, so it is set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import gymnasium  # noqa: E402
+import gymnasium
 
 __version__ = "0.1.0"
 
@@ -24,4 +24,5 @@ for _game in ("CarRacing", "TakeCover"):
         id=f"wm/{_game}Dream-v0",
         entry_point="wm.worldmodels.agent:make_dream",
         vector_entry_point="wm.worldmodels.agent:make_dreams",
+        kwargs={"game": _game.lower()},
     )

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from wm import WMError
 
@@ -47,11 +48,11 @@ def load(schema: type[T], words: Sequence[str], conf: Path = CONF) -> T:
     chosen = dict(word.split("=", 1) for word in words if word.split("=", 1)[0] in GROUPS)
     overrides = [word for word in words if word.split("=", 1)[0] not in GROUPS]
 
-    base = OmegaConf.load(conf / "config.yaml")
+    base = _read(conf / "config.yaml")
     env = chosen.get("env", base.env.name)
     scale = chosen.get("scale", base.scale)
-    env_layer = OmegaConf.load(_choice(conf, "env", env))
-    scale_layer = OmegaConf.load(_choice(conf, "scale", scale))
+    env_layer = _read(_choice(conf, "env", env))
+    scale_layer = _read(_choice(conf, "scale", scale))
     games = {name: scale_layer.pop(name) for name in choices(conf, "env") if name in scale_layer}
     names = OmegaConf.create({"env": {"name": env}, "scale": scale})
     layers = [base, env_layer, scale_layer, games.get(env, OmegaConf.create()), names]
@@ -105,7 +106,14 @@ def to_yaml(config: Any) -> str:
 
 def from_yaml(schema: type[T], path: Path, words: Sequence[str] = ()) -> T:
     """Read a resolved configuration back, with `key=value` words on top."""
-    return merge(schema, OmegaConf.load(path), _dotlist(words))
+    return merge(schema, _read(path), _dotlist(words))
+
+
+def _read(path: Path) -> Any:
+    try:
+        return OmegaConf.load(path)
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
 
 
 def _dotlist(words: Sequence[str]) -> Any:

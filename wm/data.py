@@ -89,8 +89,8 @@ class Sequences:
 
     def _segment(self, number: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
         episode, steps = self.store[number], self.store.steps[number]
-        # Starts reach beyond both ends and are moved back inside, so that the first and the last
-        # steps (a death!) are seen at least as often as any other.
+        # Starts reach beyond both ends and are moved back inside: else the last step (a death!)
+        # would be seen `length` times less often than one in the middle.
         start = generator.integers(-self.length + 1, steps)
         start = int(np.clip(start, 0, max(steps - self.length, 0)))
         stop = min(start + self.length, steps)

@@ -41,8 +41,9 @@ def futures(
 ) -> Figure:
     """A real frame, the real next one, sampled next ones, and the mixture weights [K]."""
     pictures = [frame, following, *sampled]
-    figure, axes = plt.subplots(1, len(pictures) + 1, figsize=(1.6 * len(pictures) + 2, 1.9))
-    titles = ["now", "next (real)", *(f"next (dream {i + 1})" for i in range(len(sampled)))]
+    size = (1.6 * len(pictures) + 2, 1.9)
+    figure, axes = plt.subplots(1, len(pictures) + 1, figsize=size, layout="constrained")
+    titles = ["now", "next, real", *(f"next, dream {i + 1}" for i in range(len(sampled)))]
     for axis, picture, title in zip(axes, pictures, titles, strict=False):
         axis.imshow(picture)
         axis.set_title(title, fontsize=9)

@@ -5,8 +5,10 @@ record, metrics.jsonl in the stage's folder, is the truth that reports are made 
 """
 
 import json
+import logging
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +28,8 @@ from wm import WMError
 from wm.config import flat
 from wm.stages import Stage
 
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # it announces every table it creates
+
 PACKAGES = ("wm", "torch", "lightning", "gymnasium", "vizdoom", "mlflow", "cma", "numpy")
 PIPELINE_TAG = "wm.pipeline"
 FINGERPRINT_TAG = "wm.fingerprint"
@@ -38,9 +42,12 @@ def tracking_uri(runs: Path) -> str:
 
 
 def ui_command(runs: Path) -> str:
-    """The command line that shows the runs."""
+    """The command line that shows the runs, or the address of the server that does."""
     uri = tracking_uri(runs)
-    return f"mlflow ui --backend-store-uri {uri}" if "://" in uri else f"open {uri}"
+    if uri.startswith("http"):
+        return uri
+    mlflow = Path(sys.executable).parent / "mlflow"
+    return f"{mlflow} ui --host 127.0.0.1 --backend-store-uri {uri}"
 
 
 def git_commit() -> str:

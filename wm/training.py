@@ -201,8 +201,9 @@ class Progress(Callback):
             shown = {name: f"{value:.4g}" for name, value in trainer.progress_bar_metrics.items()}
             self.bar.set_postfix(shown, refresh=False)
 
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.bar.close()
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
 
 
 def noise_generator(seed: int, step: int, device: torch.device) -> torch.Generator:

@@ -56,6 +56,13 @@ def test_different_seeds_give_different_starts_and_noise(make_agent):
     assert len(after.unique(dim=0)) == 40
 
 
+def test_every_step_draws_noise_of_its_own(make_agent):
+    agent = make_agent(features="z")
+    torch.nn.init.zeros_(agent.memory.mixture_head.weight)  # M expects the same at every step
+    latents, _, _ = dream(agent.dreams(1), [0], torch.zeros(10, 1))
+    assert len(latents[1:, 0].unique(dim=0)) == 10
+
+
 def test_actions_steer_the_dream(make_agent):
     agent = make_agent()
     left, right = (dream(agent.dreams(1), [3], torch.full((3, 1), a))[0] for a in (-1.0, 1.0))

@@ -67,6 +67,14 @@ def test_a_strategy_is_a_function_of_its_seed_and_leaves_numpys_alone(name):
     assert drawn == np.random.RandomState(3).rand()
 
 
+def test_plain_evolution_strategies_try_pairs_on_both_sides_of_the_mean():
+    strategy = make_strategy("es")
+    tell(strategy, 3)
+    candidates = strategy.ask()
+    np.testing.assert_allclose(candidates.mean(0), strategy.mean)
+    assert len(np.unique(candidates, axis=0)) == POPULATION
+
+
 def test_plain_evolution_strategies_stay_where_all_candidates_are_equally_fit():
     strategy = make_strategy("es", adam=False)
     strategy.tell(strategy.ask(), np.ones(POPULATION))

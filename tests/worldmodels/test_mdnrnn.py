@@ -223,4 +223,5 @@ def test_a_few_steps_lower_the_loss_towards_the_final_learning_rate(make_memory,
         optimizer.step()
         schedule["scheduler"].step()
     assert losses[-1] < losses[0] - 0.1
+    assert schedule["interval"] == "step"
     assert optimizer.param_groups[0]["lr"] == pytest.approx(model.config.final_learning_rate)

@@ -3,8 +3,8 @@
 The files are safetensors and YAML, so that reading a stranger's agent runs no code.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from wm import WMError
-from wm.config import from_yaml, to_yaml
+from wm.config import ConfigError, from_yaml, merge, plain, to_yaml
 from wm.envs import EnvConfig, action_space, as_vector
 from wm.files import write_atomically
 from wm.rollout import NoisyPolicy, Policy
@@ -35,6 +35,10 @@ class AgentConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     controller: ControllerConfig = field(default_factory=ControllerConfig)
+
+    def __post_init__(self) -> None:
+        if self.controller.features == "zhc" and self.memory.cell == "gru":
+            raise ConfigError("controller.features=zhc needs memory.cell=lstm: a GRU has no cell")
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,15 @@ class Agent:
         memory = MDNRNN(config.memory, config.vision.latent, *action_space(config.env.name).shape)
         load_weights(vision, folder / "vision.safetensors")
         load_weights(memory, folder / "memory.safetensors")
-        weights = load_tensors(folder / "controller.safetensors")["weights"]
-        starts = Starts(**load_tensors(folder / "starts.safetensors"))
-        return cls(config, vision.eval(), memory.eval(), weights, starts)
+        (weights,) = load_tensors(folder / "controller.safetensors", ("weights",))
+        starts = Starts(*load_tensors(folder / "starts.safetensors", Starts._fields))
+        agent = cls(config, vision.eval(), memory.eval(), weights, starts)
+        if weights.shape != (agent.parameters,):
+            raise WMError(
+                f"{folder / 'controller.safetensors'} holds weights of shape "
+                f"{tuple(weights.shape)}, the configuration needs ({agent.parameters},)"
+            )
+        return agent
 
     @cached_property
     def features(self) -> int:
@@ -96,7 +106,8 @@ class Agent:
 
     def dreams(self, num_envs: int, **changes: Any) -> DreamEnv:
         """Its dreams, with changes to the controller's settings, for instance temperature=1.15."""
-        config, name = replace(self.config.controller, **changes), self.config.env.name
+        config = merge(ControllerConfig, plain(self.config.controller), changes)
+        name = self.config.env.name
         return DreamEnv(self.memory, self.starts, config, name, num_envs, self.vision)
 
 
@@ -136,36 +147,49 @@ def find_agent(run: str | Path, runs: Path = Path("runs")) -> Path:
     return download_folder(str(run), "agent", runs)
 
 
-def make_dreams(num_envs: int, run: str | Path, **changes: Any) -> DreamEnv:
+def make_dreams(num_envs: int, run: str | Path, game: str, **changes: Any) -> DreamEnv:
     """The dreams of a finished run, for gym.make_vec.
 
     Args:
         run: an agent's folder, or the id of an MLflow run that holds one.
+        game: what the run must dream of; set by the environment's name.
         changes: controller settings of the dream, for instance temperature=1.15, horizon=500.
     """
     agent = Agent.load(find_agent(run))
+    if agent.config.env.name != game:
+        raise WMError(f"{run} dreams of {agent.config.env.name}, not of {game}")
     return agent.dreams(num_envs, **changes)
 
 
-def make_dream(run: str | Path, render_mode: str | None = None, **changes: Any) -> SingleDream:
+def make_dream(
+    run: str | Path, game: str, render_mode: str | None = None, **changes: Any
+) -> SingleDream:
     """One dream of a finished run, for gym.make; arguments as in make_dreams."""
-    return SingleDream(make_dreams(1, run, **changes), render_mode)
+    return SingleDream(make_dreams(1, run, game, **changes), render_mode)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write_atomically(path, save({name: t.detach().contiguous() for name, t in tensors.items()}))
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise WMError(f"cannot read {path}: {error}") from error
+def load_tensors(path: Path, names: Sequence[str]) -> list[Tensor]:
+    """The named tensors of a file that holds no others."""
+    tensors = _read(path)
+    if set(tensors) != set(names):
+        raise WMError(f"{path} holds {sorted(tensors)}, not {sorted(names)}")
+    return [tensors[name] for name in names]
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
     """Load a state_dict, strictly."""
     try:
-        module.load_state_dict(load_tensors(path))
+        module.load_state_dict(_read(path))
     except RuntimeError as error:
         raise WMError(f"{path} does not fit its configuration: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WMError(f"cannot read {path}: {error}") from error

@@ -21,7 +21,7 @@ class ControllerConfig:
     gas_limit: float = bounded(1.0, 0.0, 1.0)  # the most gas C can give in CarRacing
 
     fitness: Literal["dream", "real"] = "dream"  # where candidates are tried
-    temperature: float = bounded(1.0, 0.01)  # of the dream
+    temperature: float = bounded(1.0, 1e-6)  # of the dream
     horizon: int = bounded(1000, 1)  # steps after which a dream is cut
     start: Literal["any", "first"] = "any"  # dreams begin anywhere in real episodes, or at starts
     end: Literal["sample", "threshold"] = "sample"  # how the end head ends a dream
@@ -30,7 +30,7 @@ class ControllerConfig:
     population: int = bounded(64, 4)
     episodes: int = bounded(16, 1)  # of each candidate
     generations: int = bounded(100, 1)  # in each round
-    sigma: float = bounded(0.1, 0.0)  # initial (cma) or fixed (es) deviation of candidates
+    sigma: float = bounded(0.1, 1e-6)  # initial (cma) or fixed (es) deviation of candidates
     step_size: float = bounded(0.03, 0.0)  # es: learning rate
     adam: bool = True  # es: Adam, else plain gradient ascent
     validate_every: int = bounded(10, 1)  # generations between scores in the real game

@@ -36,10 +36,11 @@ class Starts(NamedTuple):
 
 
 class DreamEnv(VectorEnv):
-    """N dreams side by side, stepped together; a dream's start and noise depend on its seed alone.
+    """N dreams side by side, stepped together.
 
-    Equal seeds give equal starts and equal noise (common random numbers), whatever the batch. The
-    caller resets (autoreset is disabled); a dream that has ended goes on, unheeded.
+    Start and noise of a dream depend on its seed and the horizon alone: equal seeds give equal ones
+    (common random numbers), whatever the batch. The caller resets (autoreset is disabled); a dream
+    that has ended goes on, unheeded.
 
     Args:
         config: features, temperature, horizon, start and end of the dream.

@@ -13,6 +13,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from wm import WMError
@@ -87,7 +88,7 @@ class PlainES:
         return self.mean + self.sigma * np.concatenate([noise, -noise])
 
     def tell(self, candidates: np.ndarray, fitness: np.ndarray) -> None:
-        ranks = fitness.argsort().argsort() / (len(fitness) - 1) - 0.5
+        ranks = (rankdata(fitness) - 1) / (len(fitness) - 1) - 0.5  # ties share a rank
         noise = (candidates - self.mean) / self.sigma
         gradient = ranks @ noise / (len(fitness) * self.sigma)
         self.weights.grad = torch.from_numpy(gradient)
@@ -112,7 +113,7 @@ class AskAndTell(Callback):
         if not np.isfinite(fitness).all():
             worst = int(np.flatnonzero(~np.isfinite(fitness))[0])
             raise WMError(
-                f"the fitness of candidate {worst} in generation {trainer.global_step} is "
+                f"the fitness of candidate {worst} in generation {len(self.told)} is "
                 f"{fitness[worst]}; the last checkpoint is sound"
             )
         self.strategy.tell(module.candidates.numpy(), fitness)

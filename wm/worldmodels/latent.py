@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box
 from gymnasium.vector import VectorEnv, VectorWrapper
+from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from wm.worldmodels.mdnrnn import MDNRNN, State
 from wm.worldmodels.vae import ConvVAE, to_images
 
 FEATURES = {  # what C sees of the latent z, the hidden h and the LSTM's cell c
-    "z": lambda z, state: z,
+    "z": lambda z, state: z.clone(),  # the environment keeps its own
     "zh": lambda z, state: torch.cat([z, state[0][0]], dim=-1),
     "zhc": lambda z, state: torch.cat([z, state[1][0], state[0][0]], dim=-1),  # order: [z, c, h]
 }
@@ -40,6 +41,7 @@ class LatentEnv(VectorWrapper):
         self.vision, self.memory, self.features = vision.eval(), memory.eval(), FEATURES[features]
         latent, hidden = vision.config.latent, memory.config.hidden
         self.single_observation_space = feature_space(features, latent, hidden)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
 
     @torch.inference_mode()
     def reset(self, *, seed: Any = None, options: dict | None = None):

@@ -31,9 +31,9 @@ class MemoryConfig:
     reward_head: bool = True
     reward_weight: float = bounded(1.0, 0.0)
     end_head: bool = True
-    end_weight: float = bounded(10.0, 0.0)  # of a positive: ends are rare; the original code's 10
-    learning_rate: float = bounded(1e-3, 0.0)
-    final_learning_rate: float = bounded(1e-5, 0.0)  # reached exponentially
+    end_weight: float = bounded(10.0, 1e-3)  # of a positive: ends are rare; the original code's 10
+    learning_rate: float = bounded(1e-3, 1e-9)
+    final_learning_rate: float = bounded(1e-5, 1e-9)  # reached exponentially
     clip: float = bounded(1.0, 0.0)  # of the gradient's norm
     batch: int = bounded(32, 1)
     length: int = bounded(128, 2)  # steps of a training segment
@@ -76,7 +76,7 @@ def sample_mixture(
     log_pi, mean, log_sigma = prediction[:3]
     cumulative = (log_pi / temperature).softmax(dim=-2).cumsum(dim=-2)
     last = log_pi.shape[-2] - 1
-    component = (uniform[..., None, :] > cumulative).sum(dim=-2, keepdim=True).clamp(max=last)
+    component = (uniform[..., None, :] >= cumulative).sum(dim=-2, keepdim=True).clamp(max=last)
     component = component.expand(*mean.shape[:-2], 1, mean.shape[-1])
     chosen_mean = mean.gather(-2, component).squeeze(-2)
     chosen_sigma = log_sigma.gather(-2, component).squeeze(-2).exp()

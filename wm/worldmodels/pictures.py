@@ -11,7 +11,7 @@ from wm.data import Latents
 from wm.episodes import Episode, EpisodeStore
 from wm.worldmodels.controller import ControllerConfig
 from wm.worldmodels.dream import DreamEnv, Starts
-from wm.worldmodels.mdnrnn import MDNRNN, sample_mixture
+from wm.worldmodels.mdnrnn import MDNRNN
 from wm.worldmodels.vae import ConvVAE, encode_frames, to_frames
 
 WARM_UP = 40  # real steps M sees before it is left alone

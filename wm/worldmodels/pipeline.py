@@ -51,11 +51,17 @@ class Config:
     runs: str = "runs"  # the folder of everything that is made
     minutes: int = bounded(0, 0)  # measured on 2 cores and said up front; 0: not measured
 
+    @property
+    def agent(self) -> AgentConfig:
+        return AgentConfig(self.env, self.vision, self.memory, self.controller)
+
+    def __post_init__(self) -> None:
+        _ = self.agent  # refuses settings that do not go together
+
 
 def stages(config: Config) -> list[Stage]:
     """The pipeline as a graph, in order; what a stage is given is what its fingerprint covers."""
     env, vision, memory, seed = config.env, config.vision, config.memory, config.seed
-    agent = AgentConfig(env, vision, memory, config.controller)
     make = partial(_stage, config)
     graph: list[Stage] = []
     data, V, M, C = {}, {}, {}, {}  # the newest stages by role: all data, one of each model
@@ -67,7 +73,7 @@ def stages(config: Config) -> list[Stage]:
         V = {"vision": make("vision", work.train_vision, data | V, seen, r)}
         remembered = {"env": env, "vision": vision, "memory": memory, "seed": seed}
         M = {"memory": make("memory", work.train_memory, data | V | M, remembered, r)}
-        evolved = {"config": agent, "seed": seed, "round": r}
+        evolved = {"config": config.agent, "seed": seed, "round": r}
         C = {"controller": make("controller", work.evolve_controller, data | V | M | C, evolved, r)}
         graph += [collect, V["vision"], M["memory"], C["controller"]]
     evaluation = {"env": env, "evaluation": config.evaluate}

@@ -277,7 +277,8 @@ def new_agent(config: AgentConfig, inputs: Inputs, seed: int) -> Agent:
     agent = Agent(config, vision, memory.eval(), torch.empty(0), starts)
     weights = torch.zeros(agent.parameters, dtype=torch.float64)
     if "controller" in inputs:
-        weights = load_tensors(inputs["controller"] / "controllers.safetensors")["mean"]
+        path = inputs["controller"] / "controllers.safetensors"
+        _, weights, _ = load_tensors(path, ("best", "mean", "score"))
     return Agent(config, vision, memory.eval(), weights, starts)
 
 

@@ -1,0 +1,319 @@
+"""The whole pipeline at its smallest, as a user runs it: to its end, again, changed, killed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from wm.collect import record
+from wm.config import load
+from wm.data import Latents
+from wm.envs import VALIDATION_SEEDS, held_out_seeds, training_seeds
+from wm.episodes import EpisodeStore
+from wm.evaluate import read_returns
+from wm.files import hashes
+from wm.stages import CHECKPOINTS, DONE
+from wm.tracking import tracking_uri
+from wm.worldmodels import pipeline
+from wm.worldmodels.agent import AgentPlayer, load_tensors
+from wm.worldmodels.pipeline import Config, stages
+from wm.worldmodels.work import generation_seeds
+
+GAMES = ("carracing", "takecover", "tiny")
+SMOKE = ["scale=smoke", "trainer.workers=1"]
+TINY = ["env=tiny", *SMOKE, "controller.generations=8"]  # long enough to be killed in
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a finished `wm run` has left."""
+
+    words: list[str]
+    folder: Path  # where it was started
+    output: str
+
+    def graph(self, *changes):
+        return stages(load(Config, [*self.words, f"runs={self.folder / 'made'}", *changes]))
+
+    def stage(self, label, *changes):
+        return next(stage for stage in self.graph(*changes) if stage.label == label)
+
+    def parent(self, *changes):
+        return find_parent(self.folder / "made", self.graph(*changes))
+
+
+def find_parent(runs, graph):
+    """The MLflow client and the parent run of a pipeline."""
+    client = MlflowClient(tracking_uri(runs))
+    (experiment,) = (e for e in client.search_experiments() if e.name != "Default")
+    query = f"tags.`wm.pipeline` = '{graph[-1].fingerprint}'"
+    (run,) = client.search_runs([experiment.experiment_id], query)
+    return client, run
+
+
+def start(folder, words):
+    """`wm run` in a process group of its own, with its runs in the folder `made`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "wm", "run", *words, "runs=made"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The three games' pipelines; they run side by side, since most of a run is imports."""
+    words = {game: [f"env={game}", *SMOKE] for game in GAMES} | {"tiny": TINY}
+    folders = {game: tmp_path_factory.mktemp(game) for game in GAMES}
+    processes = {game: start(folders[game], words[game]) for game in GAMES}
+    outputs = {game: process.communicate()[0] for game, process in processes.items()}
+    for game, process in processes.items():
+        assert process.returncode == 0, outputs[game]
+    return {game: Finished(words[game], folders[game], outputs[game]) for game in GAMES}
+
+
+@pytest.fixture
+def tiny(finished):
+    return finished["tiny"]
+
+
+each_game = pytest.mark.parametrize("game", GAMES)
+
+
+@each_game
+def test_a_run_ends_with_the_score_on_the_held_out_seeds(game, finished):
+    run = finished[game]
+    assert all(stage.done for stage in run.graph())
+    for title, label, name in (
+        ("random policy", "baseline", "random"),
+        ("our agent", "evaluate", "eval"),
+    ):
+        stage = run.stage(label)
+        facts, returns = stage.record["facts"], read_returns(stage.folder / "episodes.csv")
+        seeds = np.loadtxt(stage.folder / "episodes.csv", delimiter=",", skiprows=1, usecols=0)
+        assert list(seeds) == list(held_out_seeds(2))
+        assert facts[f"{name}/mean"] == pytest.approx(np.mean(returns))
+        shown = re.search(rf"^{title} +(-?[\d.]+)", run.output, re.MULTILINE)
+        assert float(shown[1]) == pytest.approx(np.mean(returns), abs=0.051)
+    assert str(Path("made") / game / "report-") in run.output
+
+
+@each_game
+def test_a_run_leaves_its_runs_folder_and_nothing_else(game, finished):
+    assert os.listdir(finished[game].folder) == ["made"]
+
+
+@each_game
+def test_the_report_shows_the_score_and_refers_to_no_other_file(game, finished):
+    run = finished[game]
+    page = (run.stage("report").folder / "report.html").read_text()
+    references = []
+
+    class References(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            references.extend(v for key, v in attributes if key in ("src", "href", "srcset"))
+
+    References().feed(page)
+    kinds = [reference.split(";")[0] for reference in references]
+    assert kinds.count("data:image/png") >= 5 and kinds.count("data:video/mp4") == 1
+    assert len(kinds) == kinds.count("data:image/png") + kinds.count("data:video/mp4")
+    assert "url(" not in page and "@import" not in page and "<script" not in page
+    facts = run.stage("evaluate").record["facts"]
+    assert f"{facts['eval/mean']:.1f} ± {facts['eval/std']:.1f}" in page
+
+
+@each_game
+def test_mlflow_has_the_score_on_the_parent_and_a_child_for_every_stage(game, finished):
+    run = finished[game]
+    client, parent = run.parent()
+    assert parent.info.status == "FINISHED"
+    facts = run.stage("evaluate").record["facts"]
+    for name in ("eval/mean", "eval/ci_low", "eval/ci_high"):
+        assert parent.data.metrics[name] == facts[name]
+    assert parent.data.metrics["cost/real_steps"] > 0
+    assert parent.data.params["memory.mixtures"] == "5"
+    query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    children = {
+        child.info.run_name: child
+        for child in client.search_runs([parent.info.experiment_id], query)
+    }
+    assert {stage.label for stage in run.graph()} <= set(children)
+    assert {child.info.status for child in children.values()} == {"FINISHED"}
+    controller = children["controller-0"].info.run_id
+    assert [file.path for file in client.list_artifacts(controller, "agent")]
+    assert "controller/fitness_mean" in children["controller-0"].data.metrics
+
+
+def test_running_again_skips_every_stage(tiny, capsys):
+    graph = tiny.graph()
+    before = {stage.label: (stage.folder / DONE).stat().st_mtime_ns for stage in graph}
+    pipeline.run([*tiny.words, f"runs={tiny.folder / 'made'}"])
+    output = capsys.readouterr().out
+    for stage in graph:
+        assert f"{stage.label}: done before" in output
+        assert (stage.folder / DONE).stat().st_mtime_ns == before[stage.label]
+    assert output.splitlines()[-6:-2] == tiny.output.splitlines()[-6:-2]  # the same table
+
+
+@pytest.mark.parametrize(
+    "change, again",
+    [
+        ("runs=elsewhere", set()),
+        ("trainer.workers=2", set()),
+        ("minutes=9", set()),
+        ("evaluate.episodes=3", {"baseline", "evaluate", "report"}),
+        ("controller.temperature=1.3", {"controller-0", "evaluate", "report"}),
+        ("memory.mixtures=3", {"memory-0", "controller-0", "evaluate", "report"}),
+        ("vision.latent=9", {"vision-0", "memory-0", "controller-0", "evaluate", "report"}),
+        ("rounds=2", {"evaluate", "report"}),
+    ],
+)
+def test_a_change_concerns_its_stage_and_those_below(change, again, tiny):
+    before = {stage.label: stage.fingerprint for stage in tiny.graph()}
+    after = {stage.label: stage.fingerprint for stage in tiny.graph(change)}
+    assert {label for label in before if after[label] != before[label]} == again
+
+
+@pytest.mark.parametrize("change", ["seed=1", "collect.policy=uniform"])
+def test_other_data_make_everything_new_but_the_random_policys_score(change, tiny):
+    before = {stage.label: stage.fingerprint for stage in tiny.graph()}
+    after = {stage.label: stage.fingerprint for stage in tiny.graph(change)}
+    assert {label for label in before if after[label] == before[label]} == {"baseline"}
+
+
+def test_other_mixtures_make_new_folders_for_memory_and_below_only(tiny):
+    made = tiny.folder / "made" / "tiny"
+    before = {path.name: hashes(path) for path in made.iterdir()}
+    change = "memory.mixtures=3"
+    pipeline.run([*tiny.words, f"runs={tiny.folder / 'made'}", change])
+    new = {path.name for path in made.iterdir()} - set(before)
+    below = ("memory-0", "controller-0", "evaluate", "report")
+    assert new == {tiny.stage(label, change).folder.name for label in below}
+    assert before.items() <= {path.name: hashes(path) for path in made.iterdir()}.items()
+    assert tiny.parent(change)[1].info.run_id != tiny.parent()[1].info.run_id
+
+
+def test_a_second_round_collects_with_the_controller_and_keeps_all_data(tiny):
+    change = "rounds=2"
+    pipeline.run([*tiny.words, f"runs={tiny.folder / 'made'}", change])
+    config = load(Config, tiny.words)
+    collect, vision, controller = (
+        tiny.stage(label, change) for label in ("collect-1", "vision-1", "controller-0")
+    )
+    assert controller.folder == tiny.stage("controller-0").folder  # the first round is shared
+
+    seed = training_seeds(config.seed, 1, 1)[0]
+    player = AgentPlayer(controller.folder / "agent", noise=config.collect.noise)
+    (expected,) = record(config.env, player, [seed])
+    actions = np.load(collect.folder / f"shard-{seed:010d}" / "actions.npy")
+    np.testing.assert_array_equal(actions[: len(expected.actions)], expected.actions)
+
+    assert set(vision.record["inputs"]) == {"collect-0", "collect-1", "vision"}
+    frames = EpisodeStore([tiny.stage("collect-0").folder, collect.folder]).total_frames
+    assert len(Latents(vision.folder / "latents").mean) == frames
+    assert tiny.parent(change)[1].data.metrics["eval/mean"] >= 0
+
+
+def test_an_agent_is_scored_by_the_id_of_its_run(tiny, capsys):
+    client, parent = tiny.parent()
+    words = [*SMOKE, f"runs={tiny.folder / 'made'}"]
+    pipeline.evaluate_run(parent.info.run_id, words)
+    facts = tiny.stage("evaluate").record["facts"]  # the same agent, seeds and game
+    shown = re.search(r"^our agent +([\d.]+) +([\d.]+)", capsys.readouterr().out, re.MULTILINE)
+    assert [float(n) for n in shown.groups()] == [
+        round(facts[key], 1) for key in ("eval/mean", "eval/std")
+    ]
+    query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    children = client.search_runs([parent.info.experiment_id], query)
+    scored = [child.data.metrics.get("eval/mean") for child in children]
+    assert scored.count(facts["eval/mean"]) == 2
+    assert client.get_run(parent.info.run_id).info.status == "FINISHED"
+
+
+def wait_until(seen, process, seconds=120):
+    """Wait for what a process leaves; a process that ends before is a failure."""
+    deadline = time.time() + seconds
+    while not seen():
+        assert process.poll() is None, process.stdout.read()
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """A run that got a SIGTERM in vision, and then, repeated, a SIGKILL in the controller."""
+
+    folder: Path
+    code: int  # of the terminated run
+    done_when_terminated: list[str]
+    status: str  # of the terminated run in MLflow
+    done_when_killed: list[str]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interrupted")
+    made = folder / "made" / "tiny"
+    graph = stages(load(Config, [*TINY, f"runs={folder / 'made'}"]))
+
+    def done():
+        return sorted(path.parent.name.rsplit("-", 1)[0] for path in made.glob(f"*/{DONE}"))
+
+    process = start(folder, TINY)
+    wait_until(lambda: list(made.glob("vision-*")), process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    terminated, done_when_terminated = process.returncode, done()
+    _, parent = find_parent(folder / "made", graph)
+
+    process = start(folder, TINY)
+    step = f"controller-*/{CHECKPOINTS}/step=2.ckpt"
+    wait_until(lambda: list(made.glob(step)), process)
+    process.kill()
+    process.communicate(timeout=60)  # until its workers, who share its output, are gone too
+    return Interrupted(folder, terminated, done_when_terminated, parent.info.status, done())
+
+
+def test_a_terminated_run_exits_143_with_its_stage_not_done(interrupted):
+    assert interrupted.code == 128 + signal.SIGTERM
+    assert interrupted.done_when_terminated == ["collect-0"]
+    assert interrupted.status == "KILLED"
+
+
+def test_a_run_that_was_killed_and_repeated_ends_as_if_it_had_not_been(interrupted, tiny):
+    assert interrupted.done_when_killed == ["collect-0", "memory-0", "vision-0"]
+    runs = interrupted.folder / "made"
+    pipeline.run_only("controller", [*TINY, f"runs={runs}"])
+    for label, name in (
+        ("vision-0", "vision.safetensors"),
+        ("memory-0", "memory.safetensors"),
+        ("controller-0", "controllers.safetensors"),
+    ):
+        folder = tiny.stage(label).folder
+        expected = load_tensors(folder / name)
+        tensors = load_tensors(runs / "tiny" / folder.name / name)
+        assert expected.keys() == tensors.keys()
+        assert all(expected[key].equal(tensors[key]) for key in expected), name
+
+
+def test_no_candidate_is_tried_on_a_seed_that_others_are_judged_by():
+    drawn = {
+        tuple(generation_seeds(16, seed, round, generation))
+        for seed in range(3)
+        for round in range(2)
+        for generation in range(50)
+    }
+    assert len(drawn) == 300  # each generation has seeds of its own
+    assert all(0 <= seed < VALIDATION_SEEDS for seeds in drawn for seed in seeds)
