@@ -29,10 +29,15 @@ def workers():
 
 
 @pytest.fixture(scope="session")
-def tracker(tmp_path_factory):
-    """A parent run in a database of the session's own: making one takes longer than its use."""
-    config = {"env": {"name": "tiny"}, "scale": "smoke", "seed": 0}
-    return Tracker(tmp_path_factory.mktemp("tracker"), config, "a fingerprint")
+def runs(tmp_path_factory):
+    """A runs folder for all tests: to make its database takes longer than to use it."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def tracker(runs):
+    """A parent run for the stages that tests make up."""
+    return Tracker(runs, {"env": {"name": "tiny"}, "scale": "smoke", "seed": 0}, "made up")
 
 
 @pytest.fixture

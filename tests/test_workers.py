@@ -38,14 +38,19 @@ def err():
     raise WMError("no such weights")
 
 
+@pytest.fixture(scope="module")
+def one_worker():
+    with Workers(1) as pool:
+        yield pool
+
+
 @pytest.mark.parametrize(
     "config", [TINY, EnvConfig("takecover", max_steps=100)], ids=lambda config: config.name
 )
-def test_the_same_outcomes_on_no_one_and_two_processes(config, workers):
+def test_the_same_outcomes_on_no_one_and_two_processes(config, one_worker, workers):
     player = RandomPlayer("uniform")
     here = play(config, player, SEEDS)
-    with Workers(1) as one:
-        assert list(one.play(config, player, SEEDS)) == here
+    assert list(one_worker.play(config, player, SEEDS)) == here
     assert list(workers.play(config, player, SEEDS)) == here
     assert [outcome.seed for outcome in here] == list(SEEDS)
     assert all(outcome.steps >= 1 for outcome in here)
@@ -56,7 +61,7 @@ def test_the_same_outcomes_on_no_one_and_two_processes(config, workers):
 def test_a_process_that_dies_or_hangs_is_replaced_and_nothing_changes(trouble, workers, tmp_path):
     player = Troubled(trouble, tmp_path / "diary", times=1)
     chunks = [[1, 2], [3], [4, 5]]
-    played = list(workers.map(partial(play, TINY, player), chunks, timeout=5.0))
+    played = list(workers.map(partial(play, TINY, player), chunks, timeout=3.0))
     assert played == [play(TINY, RandomPlayer("uniform"), chunk) for chunk in chunks]
     assert len(player.diary.read_text()) > len(chunks)  # it did happen
 
@@ -64,12 +69,12 @@ def test_a_process_that_dies_or_hangs_is_replaced_and_nothing_changes(trouble, w
 def test_a_game_that_always_dies_is_given_up_and_named(workers, tmp_path):
     player = Troubled("dies", tmp_path / "diary", times=10**6)
     with pytest.raises(WMError, match=rf"failed {ATTEMPTS} times at \[41, 42\]"):
-        list(workers.map(partial(play, TINY, player), [[41, 42]], timeout=5.0))
+        list(workers.map(partial(play, TINY, player), [[41, 42]], timeout=3.0))
     assert len(player.diary.read_text()) == ATTEMPTS
 
 
 def test_an_error_of_the_players_own_is_passed_on_and_not_retried(workers, tmp_path):
     player = Troubled("errs", tmp_path / "diary", times=10**6)
     with pytest.raises(WMError, match="no such weights"):
-        list(workers.map(partial(play, TINY, player), [[1]], timeout=5.0))
+        list(workers.map(partial(play, TINY, player), [[1]], timeout=3.0))
     assert len(player.diary.read_text()) == 1

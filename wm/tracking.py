@@ -148,6 +148,7 @@ class Tracker:
         packages = {f"version.{key}": value for key, value in self.versions.items()}
         tags = {**tags, **packages, MLFLOW_RUN_NAME: name}
         run_id = self.client.create_run(self.experiment_id, tags=tags).info.run_id
+        self.client.log_dict(run_id, self.config, "config.yaml")
         params = [Param(key, str(value)) for key, value in flat(self.config).items()]
         for first in range(0, len(params), PARAMS_PER_CALL):
             self.client.log_batch(run_id, params=params[first : first + PARAMS_PER_CALL])

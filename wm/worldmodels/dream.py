@@ -17,22 +17,11 @@ from torch import Tensor
 from wm.envs import action_space
 from wm.worldmodels.controller import ControllerConfig
 from wm.worldmodels.latent import FEATURES, feature_space
-from wm.worldmodels.mdnrnn import MDNRNN, State, end_probability, sample_mixture
+from wm.worldmodels.mdnrnn import MDNRNN, end_probability, sample_mixture
+from wm.worldmodels.starts import Starts
 from wm.worldmodels.vae import ConvVAE, to_frames
 
 SURVIVAL_REWARD = 1.0  # a step's reward where M has no reward head (take-cover counts tics)
-
-
-class Starts(NamedTuple):
-    """Where dreams may begin: latents of real frames with M's state warmed up to them."""
-
-    latent: Tensor  # [S,Z]
-    state: Tensor  # [S,L,H]; L = 2 (h, c) for an LSTM, 1 (h) for a GRU
-
-    def pick(self, index: Tensor) -> tuple[Tensor, State]:
-        """Latents [N,Z] and the state of M for start numbers [N]."""
-        layers = self.state[index].unbind(1)
-        return self.latent[index], tuple(layer[None].contiguous() for layer in layers)
 
 
 class DreamEnv(VectorEnv):

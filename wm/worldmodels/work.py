@@ -40,7 +40,6 @@ from wm.worldmodels.agent import (
     load_weights,
     save_tensors,
 )
-from wm.worldmodels.dream import Starts
 from wm.worldmodels.evolution import (
     STRATEGIES,
     AskAndTell,
@@ -50,10 +49,10 @@ from wm.worldmodels.evolution import (
     mean_return,
 )
 from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
+from wm.worldmodels.starts import draw_starts
 from wm.worldmodels.vae import ConvVAE, VisionConfig, encode_frames
 
 EPOCH_STEPS = 250  # of V and M between validations and checkpoints
-STARTS = 1024  # places where dreams may begin
 ENCODE_BATCH = 500
 PICTURE_FRAMES = 10
 ERROR_HORIZON = 50
@@ -198,38 +197,6 @@ def draw_memory(
             run.log_metrics({"memory/error_by_horizon": float(error)}, step)
 
 
-@torch.inference_mode()
-def make_starts(memory: MDNRNN, store: EpisodeStore, latents: Latents, kind: str, seed: int):
-    """Places in training episodes where dreams begin, with M warmed up from the episode's start."""
-    generator = np.random.default_rng(seed)
-    train, _ = store.split()
-    share = store.steps[train] / store.steps[train].sum()
-    episodes = generator.choice(train, STARTS, p=share)
-    steps = generator.integers(0, store.steps[episodes]) * (kind == "any")
-    places = sorted(zip(steps.tolist(), episodes.tolist(), strict=True))
-    chunks = [places[i : i + 64] for i in range(0, len(places), 64)]
-    parts = [_warm_chunk(memory, store, latents, chunk) for chunk in chunks]
-    return Starts(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-
-
-def _warm_chunk(
-    memory: MDNRNN, store: EpisodeStore, latents: Latents, places: list[tuple[int, int]]
-) -> Starts:
-    """Starts at (step, episode) places, of similar steps."""
-    longest = max(1, places[-1][0])
-    actions = np.zeros((len(places), longest, store[0].actions.shape[1]), np.float32)
-    means = np.zeros((len(places), longest, memory.latent), np.float32)
-    current = np.zeros((len(places), memory.latent), np.float32)
-    for row, (step, episode) in enumerate(places):
-        first = store.first_frame[episode]
-        means[row, :step] = latents.mean[first : first + step]
-        actions[row, :step] = store[episode].actions[:step]
-        current[row] = latents.mean[first + step]
-    lengths = torch.tensor([step for step, _ in places])
-    state = memory.warm_up(torch.from_numpy(means), torch.from_numpy(actions), lengths)
-    return Starts(torch.from_numpy(current), torch.stack([layer[0] for layer in state], dim=1))
-
-
 def evolve_controller(
     folder: Path,
     inputs: Inputs,
@@ -273,7 +240,7 @@ def new_agent(config: AgentConfig, inputs: Inputs, seed: int) -> Agent:
     memory = MDNRNN(config.memory, config.vision.latent, *action_space(config.env.name).shape)
     load_weights(memory, inputs["memory"] / "memory.safetensors")
     latents = Latents(inputs["vision"] / "latents")
-    starts = make_starts(memory, collected(inputs), latents, config.controller.start, seed)
+    starts = draw_starts(memory, collected(inputs), latents, config.controller.start, seed)
     agent = Agent(config, vision, memory.eval(), torch.empty(0), starts)
     weights = torch.zeros(agent.parameters, dtype=torch.float64)
     if "controller" in inputs:

@@ -1,0 +1,68 @@
+"""Scores: the numbers, their uncertainty, and that every held-out seed is played once."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+from wm.envs import EnvConfig, held_out_seeds
+from wm.evaluate import play_held_out, read_returns, score, write_outcomes
+from wm.workers import RandomPlayer, play
+
+TINY = EnvConfig("tiny", max_steps=40)
+
+
+def test_mean_and_standard_deviation_are_numpys():
+    returns = np.random.default_rng(0).exponential(300, size=40)
+    result = score(returns.tolist())
+    assert result.mean == pytest.approx(returns.mean())
+    assert result.std == pytest.approx(returns.std(ddof=1))
+    assert result.episodes == 40
+    assert result.ci_low < result.mean < result.ci_high
+    assert score(returns.tolist()) == result  # repeatable, though a bootstrap
+
+
+def test_the_interval_covers_the_true_mean_in_about_95_percent_of_repetitions():
+    generator, truth = np.random.default_rng(1), 5.0
+    draws = [score(generator.normal(truth, 2.0, size=50)) for _ in range(200)]
+    covered = np.mean([draw.ci_low <= truth <= draw.ci_high for draw in draws])
+    assert 0.90 <= covered <= 0.99
+
+
+def test_the_interval_shrinks_with_the_root_of_the_number_of_episodes():
+    returns = np.random.default_rng(2).normal(size=1600)
+    few, many = score(returns[:100]), score(returns)
+    ratio = (few.ci_high - few.ci_low) / (many.ci_high - many.ci_low)
+    assert ratio == pytest.approx(4.0, rel=0.25)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 2100.0])
+@pytest.mark.parametrize("count", [2, 3])
+def test_constant_returns_have_an_interval_of_no_width(value, count):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # SciPy warns of a degenerate distribution
+        result = score([value] * count)
+    assert (result.mean, result.ci_low, result.ci_high) == pytest.approx((value,) * 3)
+    assert result.std == pytest.approx(0.0, abs=1e-12)
+
+
+def test_every_held_out_seed_is_played_exactly_once_and_kept(workers, tmp_path):
+    outcomes = play_held_out(TINY, RandomPlayer("uniform"), 7, workers, "random")
+    assert [outcome.seed for outcome in outcomes] == list(held_out_seeds(7))
+    assert outcomes == play(TINY, RandomPlayer("uniform"), held_out_seeds(7))
+    path = tmp_path / "episodes.csv"
+    write_outcomes(path, outcomes)
+    assert read_returns(path) == [outcome.episode_return for outcome in outcomes]
+    lines = path.read_text().splitlines()
+    assert lines[0] == "seed,return,steps,terminated"
+    seeds, _, steps, _ = zip(*(line.split(",") for line in lines[1:]), strict=True)
+    assert [*map(int, seeds)] == [*held_out_seeds(7)]
+    assert [*map(int, steps)] == [outcome.steps for outcome in outcomes]
+
+
+def test_returns_survive_the_table_to_the_last_digit(tmp_path):
+    outcomes = play(EnvConfig("carracing", max_steps=30), RandomPlayer("brownian"), [1, 2])
+    write_outcomes(tmp_path / "episodes.csv", outcomes)
+    returns = read_returns(tmp_path / "episodes.csv")
+    assert returns == [outcome.episode_return for outcome in outcomes]
+    assert any(value % 1 for value in returns)  # CarRacing's are no round numbers

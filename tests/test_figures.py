@@ -1,0 +1,57 @@
+"""Figures: pictures that open and show what they were given."""
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+
+from wm import figures
+
+RED, BLUE = (np.full((64, 64, 3), colour, np.uint8) for colour in ((250, 10, 20), (20, 30, 240)))
+
+
+def shows(picture, colour):
+    """How many pixels of a picture have exactly a colour."""
+    return (picture[..., :3] == colour).all(-1).sum()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: figures.frame_rows({"real": [RED, BLUE], "seen": [BLUE]}, ["one", "two"]),
+        lambda: figures.frame_rows({"only": np.stack([RED, BLUE, RED])}),
+        lambda: figures.futures(RED, BLUE, [RED, BLUE, BLUE], np.array([0.2, 0.5, 0.3])),
+    ],
+    ids=["rows", "one row", "futures"],
+)
+def test_a_picture_of_frames_shows_the_frames(draw, tmp_path):
+    path = figures.save(draw(), tmp_path / "figure.png")
+    picture = iio.imread(path)
+    assert picture.ndim == 3 and min(picture.shape[:2]) > 50
+    for frame in (RED, BLUE):
+        assert shows(picture, frame[0, 0]) > 1000
+    assert figures.plt.get_fignums() == []  # nothing piles up in memory
+
+
+def test_curves_show_each_line_with_its_name(tmp_path):
+    figure = figures.curves(
+        {"up": ([0, 1, 2], [0, 1, 2]), "down": (range(50), range(50, 0, -1))}, "step", "return", "T"
+    )
+    (axis,) = figure.axes
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["up", "down"]
+    assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_title()) == ("step", "return", "T")
+    np.testing.assert_array_equal(axis.lines[1].get_ydata(), np.arange(50, 0, -1))
+    picture = iio.imread(figures.save(figure, tmp_path / "curves.png"))
+    assert shows(picture, (255, 255, 255)) < picture[..., 0].size
+    assert picture[..., :3].std() > 5  # not blank
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_a_video_is_read_back_frame_by_frame(width, tmp_path):
+    shades = np.linspace(20, 230, 9).astype(np.uint8)
+    frames = np.broadcast_to(shades[:, None, None, None], (9, 64, width, 3))
+    path = figures.video(frames, tmp_path / "video.mp4", scale=2)
+    read = iio.imread(path)
+    assert read.shape == (9, 128, 2 * width, 3)
+    np.testing.assert_allclose(read.mean((1, 2, 3)), shades, atol=4)
+    assert iio.immeta(path)["fps"] == figures.FPS
+    assert iio.immeta(path)["codec"] == "h264"  # what browsers play

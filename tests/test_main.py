@@ -1,0 +1,88 @@
+"""The command line: usage, the resolved configuration, and errors of one line."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from wm.__main__ import COMMANDS, main
+from wm.config import from_yaml, load
+from wm.worldmodels.pipeline import Config
+
+
+@pytest.fixture
+def wm(monkeypatch, capsys):
+    """Runs `wm ...` in this process: its exit code, standard output and standard error."""
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["wm", *words])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield command
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_an_unknown_command_exits_2_with_the_usage(own_folder):
+    command = [sys.executable, "-m", "wm", "nonsense"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=own_folder)
+    assert done.returncode == 2
+    assert done.stdout.startswith("usage: wm COMMAND")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["help"], ["--help"]])
+def test_the_usage_names_every_command(words, wm):
+    code, out, err = wm(*words)
+    assert (code, err) == (0, "")
+    for name in COMMANDS:
+        assert f"\n  {name} " in out
+
+
+def test_config_prints_what_would_be_run_as_yaml(wm, tmp_path):
+    words = ["env=carracing", "scale=paper", "controller.temperature=1.3", "seed=4"]
+    code, out, _ = wm("config", *words)
+    assert code == 0
+    (tmp_path / "printed.yaml").write_text(out)
+    assert from_yaml(Config, tmp_path / "printed.yaml") == load(Config, words)
+
+
+@pytest.mark.parametrize("command", ["config", "run", "vision", "evaluate"])
+@pytest.mark.parametrize(
+    "word, says",
+    [
+        ("controller.temprature=1", "controller.temperature"),
+        ("env=takecovr", "takecover"),
+        ("seed=-1", "0"),
+        ("seed", "key=value"),
+    ],
+)
+def test_a_word_that_cannot_be_meant_exits_2_with_one_line(command, word, says, wm, own_folder):
+    code, out, err = wm(command, word)
+    assert code == 2
+    assert err.startswith("wm: ") and says in err and len(err.splitlines()) == 1
+    assert out == ""
+    assert list(own_folder.iterdir()) == []  # and nothing was begun
+
+
+@pytest.mark.parametrize(
+    "command, maker", [("vision", "collect"), ("memory", "collect"), ("evaluate", "controller")]
+)
+def test_a_stage_without_its_input_says_which_command_makes_it(command, maker, wm, runs):
+    words = ["env=tiny", "scale=smoke", "seed=9", f"runs={runs}", "trainer.workers=1"]
+    code, _, err = wm(command, *words)
+    assert code == 2
+    last = err.splitlines()[-1]
+    assert last.startswith("wm: ") and f"`wm {maker} {' '.join(words)}` makes it" in last
+
+
+def test_evaluating_a_run_that_is_not_there_says_so(wm, runs):
+    code, _, err = wm("evaluate", "run=0123abc", "env=tiny", f"runs={runs}")
+    assert code == 2
+    assert err.startswith("wm: ") and "0123abc" in err and len(err.splitlines()) == 1

@@ -1,0 +1,161 @@
+"""Stages: what makes a new one, what is done again and what is not."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from wm import WMError
+from wm.stages import CHECKPOINTS, DONE, Stage, run_stage
+
+
+class Work:
+    """Writes what it was given, and counts."""
+
+    def __init__(self, fails=0):
+        self.calls, self.fails = 0, fails
+
+    def __call__(self, folder, inputs, run):
+        self.calls += 1
+        (folder / CHECKPOINTS).mkdir(exist_ok=True)
+        (folder / CHECKPOINTS / "step=1.ckpt").write_text("half")
+        (folder / "deep").mkdir(exist_ok=True)
+        (folder / "deep" / "output").write_text("".join(sorted(inputs)) + "made")
+        if self.calls <= self.fails:
+            raise RuntimeError("the work failed")
+        return {"fact": 4.0}
+
+
+@pytest.fixture
+def first(tmp_path):
+    return Stage("first", 1, {"size": 1, "deep": {"er": 2}}, Work(), tmp_path)
+
+
+@pytest.fixture
+def second(first, tmp_path):
+    return Stage("second", 1, {"size": 1}, Work(), tmp_path, {"source": first})
+
+
+def with_input(stage, **changes):
+    return replace(stage, inputs={"source": replace(stage.inputs["source"], **changes)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda stage: replace(stage, config={"size": 2}),
+        lambda stage: replace(stage, config={"size": 1, "more": 0}),
+        lambda stage: replace(stage, version=2),
+        lambda stage: replace(stage, round=0),
+        lambda stage: replace(stage, name="other"),
+        lambda stage: replace(stage, inputs={}),
+        lambda stage: replace(stage, inputs={"role": stage.inputs["source"]}),
+        lambda stage: with_input(stage, config={"size": 1, "deep": {"er": 3}}),
+        lambda stage: with_input(stage, version=2),
+    ],
+    ids=[
+        "config",
+        "key",
+        "version",
+        "round",
+        "name",
+        "no input",
+        "role",
+        "config of an input",
+        "version of an input",
+    ],
+)
+def test_whatever_decides_the_result_leads_to_another_folder(change, second):
+    assert change(second).fingerprint != second.fingerprint
+    assert change(second).folder != second.folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda stage: replace(stage, root=Path("/elsewhere")),
+        lambda stage: replace(stage, work=Work()),
+        lambda stage: with_input(stage, root=Path("/elsewhere")),
+        lambda stage: with_input(stage, config={"deep": {"er": 2}, "size": 1}),  # another order
+        lambda stage: replace(stage),
+    ],
+    ids=["root", "work", "root of an input", "order", "nothing"],
+)
+def test_nothing_else_does(change, second):
+    assert change(second).fingerprint == second.fingerprint
+
+
+def test_a_finished_stage_is_skipped_and_says_so(second, tracker, capsys):
+    for stage in (second.inputs["source"], second):
+        run_stage(stage, tracker)
+    assert second.record["facts"] == {"fact": 4.0}
+    assert second.record["inputs"] == {"source": second.inputs["source"].fingerprint}
+    assert list(second.record["files"]) == ["deep/output", "metrics.jsonl"]  # no checkpoints
+    again = replace(second, work=Work())
+    capsys.readouterr()
+    assert run_stage(again, tracker) == second.folder
+    assert again.work.calls == 0
+    assert "second: done before" in capsys.readouterr().out
+
+
+def test_a_missing_input_names_the_command_that_makes_it(second, tracker):
+    with pytest.raises(WMError, match=r"second needs first.*`wm first env=tiny seed=3` makes it"):
+        run_stage(second, tracker, "wm second env=tiny seed=3")
+    assert second.work.calls == 0 and not second.folder.exists()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 2)])
+def test_a_missing_or_cut_output_is_made_again(damage, first, tracker):
+    run_stage(first, tracker)
+    output = first.folder / "deep" / "output"
+    damage(output)
+    assert not first.done
+    run_stage(first, tracker)
+    assert first.work.calls == 2
+    assert first.done and output.read_text() == "made"
+    run_stage(first, tracker)
+    assert first.work.calls == 2  # once
+
+
+def test_a_stage_that_is_made_again_and_fails_is_not_done(first, tracker):
+    run_stage(first, tracker)
+    (first.folder / "deep" / "output").unlink()
+    with pytest.raises(RuntimeError, match="the work failed"):
+        run_stage(replace(first, work=Work(fails=1)), tracker)
+    assert not first.done  # though every output is there again, half made
+
+
+@pytest.mark.parametrize("text", ["", '{"files": '])
+def test_a_damaged_manifest_is_named(text, first, tracker):
+    run_stage(first, tracker)
+    (first.folder / DONE).write_text(text)
+    with pytest.raises(WMError, match=rf"{DONE} is damaged.*delete it and rerun"):
+        run_stage(first, tracker)
+
+
+def test_a_failing_stage_is_not_done_and_goes_on_where_it_was(first, tracker):
+    stage = replace(first, work=Work(fails=1))
+    with pytest.raises(RuntimeError, match="the work failed"):
+        run_stage(stage, tracker)
+    assert not stage.done and not (stage.folder / DONE).exists()
+    assert (stage.folder / CHECKPOINTS / "step=1.ckpt").exists()
+    run_stage(stage, tracker)
+    assert stage.done and stage.work.calls == 2
+
+
+def test_a_second_process_on_a_folder_is_refused_until_the_first_is_gone(first, tracker):
+    first.folder.mkdir()
+    hold = "import sys, filelock; l = filelock.FileLock(sys.argv[1]); l.acquire(); print(); input()"
+    command = [sys.executable, "-c", hold, str(first.folder / ".lock")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other:
+        other.stdout.readline()  # it has the lock
+        with pytest.raises(WMError, match="another process is working in"):
+            run_stage(first, tracker)
+        assert first.work.calls == 0
+        other.kill()
+    run_stage(first, tracker)
+    assert first.done
