@@ -1,6 +1,5 @@
 """What many tests share: a folder of their own, game processes, a tracker, a full disk."""
 
-import os
 import resource
 from contextlib import contextmanager
 
@@ -9,7 +8,11 @@ import pytest
 from wm.tracking import Tracker
 from wm.workers import Workers
 
-os.environ.pop("MLFLOW_TRACKING_URI", None)  # tests talk to no server
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch):
+    """Nothing is tracked on a server that whoever runs the tests may use."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +37,7 @@ def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tracker(runs):
     """A parent run for the stages that tests make up."""
     return Tracker(runs, {"env": {"name": "tiny"}, "scale": "smoke", "seed": 0}, "made up")

@@ -1,5 +1,6 @@
 """MLflow on sqlite: parents and children, what is logged where, and how runs end."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -121,6 +122,13 @@ def test_an_agent_is_found_by_its_stages_run_and_by_the_pipelines(runs, parent, 
 def test_a_run_that_is_not_there_is_named(runs):
     with pytest.raises(WMError, match="no MLflow run is called 'f00'"):
         download_folder("f00", "agent", runs)
+
+
+def test_a_pipeline_does_not_draw_the_next_one_into_its_runs_folder(runs, parent, stage, tmp_path):
+    with Tracker(runs, CONFIG, parent) as tracker, tracker.stage(stage) as run:
+        run.log_metrics({"loss": 1.0})
+    assert tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert "MLFLOW_TRACKING_URI" not in os.environ  # which later processes would inherit
 
 
 def test_a_server_in_the_environment_takes_the_place_of_the_file(runs, monkeypatch):

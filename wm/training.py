@@ -86,6 +86,7 @@ def fit(
     loggers: list[Any],
     precision: str = "32-true",
     clip: float | None = None,
+    log_every: int = 10,
     callbacks: list[Callback] | None = None,
 ) -> None:
     """Train to data.steps, from the newest valid checkpoint in the folder if there is one.
@@ -113,7 +114,7 @@ def fit(
         gradient_clip_val=clip,
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,
-        log_every_n_steps=min(10, data.epoch_steps),
+        log_every_n_steps=min(log_every, data.epoch_steps),
         logger=loggers,
         callbacks=[*(callbacks or []), FiniteGradients(), Progress(data.steps), checkpoint],
         plugins=[SafeCheckpointIO()],

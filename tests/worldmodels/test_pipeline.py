@@ -66,6 +66,7 @@ def start(folder, words):
     return subprocess.Popen(
         [sys.executable, "-m", "wm", "run", *words, "runs=made"],
         cwd=folder,
+        env={key: os.environ[key] for key in os.environ if key != "MLFLOW_TRACKING_URI"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -33,7 +33,7 @@ def reconstructions(vision: ConvVAE, frames: np.ndarray, path: Path) -> Path:
 
 def traversals(vision: ConvVAE, means: np.ndarray, path: Path) -> Path:
     """One latent a row, moved across the range it takes in real frames; means [N,Z]."""
-    base, spread = means[0], means.std(0)
+    base, spread = means[len(means) // 2], means.std(0)
     rows, offsets = {}, np.linspace(-2, 2, 7)
     for latent in np.argsort(-spread)[:TRAVERSED]:
         moved = np.tile(base, (len(offsets), 1))
@@ -139,8 +139,8 @@ def filmstrip(
     """Real frames, their reconstructions, and the dream from the same frame and actions."""
     means = torch.from_numpy(encode_frames(vision, episode.frames)[0])
     actions = torch.from_numpy(episode.actions)
-    steps = len(actions)
-    first = min(WARM_UP, max(steps - columns * stride, 0) + 1)
+    steps, length = len(actions), columns * stride
+    first = int(np.clip(liveliest_step(means.numpy()) - length // 2, 1, max(steps - length, 1)))
     starts = warm_start(memory, means[None, : first + 1], actions[None, :first])
     dreamt = dream_along(memory, starts, actions[None, first:], game, temperature)[0]
     shown = np.arange(first, min(first + columns * stride, steps), stride)

@@ -223,7 +223,8 @@ def evolve_controller(
         judges = validation_seeds(settings.validation_episodes)
         module = Evolution(agent.weights, fitness, lambda weights: play(weights, judges))
         data = StepsData(int, [0], settings.generations, settings.validate_every)
-        fit(module, data, folder, trainer, run.loggers, callbacks=[AskAndTell(make_strategy)])
+        callbacks = [AskAndTell(make_strategy)]
+        fit(module, data, folder, trainer, run.loggers, log_every=1, callbacks=callbacks)
     chosen = module.best if settings.keep == "best" else module.mean.detach()
     kept = {"best": module.best, "mean": module.mean.detach(), "score": module.best_score[None]}
     save_tensors(folder / "controllers.safetensors", kept)
