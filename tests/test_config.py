@@ -38,7 +38,7 @@ def conf(tmp_path):
         "env/left": {"part": {"size": 2, "depth": 2}},
         "env/right": {},
         "scale/small": {},
-        "scale/big": {"part": {"size": 3}, "left": {"part": {"size": 4}}},
+        "scale/big": {"part": {"size": 3, "depth": 3}, "left": {"part": {"size": 4}}},
     }
     for name, content in files.items():
         path = tmp_path / f"{name}.yaml"
@@ -52,9 +52,9 @@ def conf(tmp_path):
     [
         (["env=right"], 1, 1),  # the dataclass alone
         ([], 2, 2),  # env over defaults
-        (["env=right", "scale=big"], 3, 1),  # scale over defaults, the other game's section unheard
-        (["env=left", "scale=big"], 4, 2),  # the game's own section over the scale's and the env's
-        (["scale=big", "part.size=5"], 5, 2),  # words over everything
+        (["env=right", "scale=big"], 3, 3),  # scale over defaults, the other game's section unheard
+        (["env=left", "scale=big"], 4, 3),  # scale over env, the game's own section over both
+        (["scale=big", "part.size=5"], 5, 3),  # words over everything
         (["part.size=5", "part.size=6"], 6, 2),  # the last word wins
     ],
 )

@@ -1,6 +1,7 @@
 """MLflow on sqlite: parents and children, what is logged where, and how runs end."""
 
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -125,7 +126,9 @@ def test_a_run_that_is_not_there_is_named(runs):
 
 
 def test_a_pipeline_does_not_draw_the_next_one_into_its_runs_folder(runs, parent, stage, tmp_path):
-    with Tracker(runs, CONFIG, parent) as tracker, tracker.stage(stage) as run:
+    Tracker(runs, CONFIG, parent)
+    copy = shutil.copytree(runs, tmp_path / "copy")  # a new place without the wait for a database
+    with Tracker(copy, CONFIG, parent) as tracker, tracker.stage(stage) as run:
         run.log_metrics({"loss": 1.0})
     assert tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
     assert "MLFLOW_TRACKING_URI" not in os.environ  # which later processes would inherit

@@ -125,9 +125,10 @@ def test_a_finished_training_is_not_continued(straight, trained):
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_an_interruption_by_the_user_is_passed_on(stop, tmp_path):
-    with pytest.raises((KeyboardInterrupt, SystemExit)):  # and the stage is not taken for done
+def test_an_interruption_by_the_user_is_passed_on_as_it_is(stop, tmp_path):
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as raised:
         train(tmp_path, stop_at=7, stop=stop)
+    assert raised.type is stop  # the command line answers each with an exit code of its own
     assert checkpoints(tmp_path) == ["step=5.ckpt", "step=5.sha256"]
 
 

@@ -13,6 +13,7 @@ USAGE = """usage: wm COMMAND [env=GAME] [scale=SCALE] [key=value ...]
   vision       train V, the VAE
   memory       train M, the mixture-density LSTM
   controller   evolve C
+  baseline     score the random policy on held-out seeds
   evaluate     score the agent on held-out seeds; run=ID scores any MLflow run or agent folder
   report       write the HTML page
   config       print the resolved configuration
@@ -59,6 +60,7 @@ COMMANDS = {
     "vision": stage("vision"),
     "memory": stage("memory"),
     "controller": stage("controller"),
+    "baseline": stage("baseline"),
     "evaluate": evaluate,
     "report": stage("report"),
     "config": config,

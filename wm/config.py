@@ -7,6 +7,7 @@ project sees frozen dataclasses.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +48,10 @@ def load(schema: type[T], words: Sequence[str], conf: Path = CONF) -> T:
         raise ConfigError(f"'{malformed[0]}' is not of the form key=value")
     chosen = dict(word.split("=", 1) for word in words if word.split("=", 1)[0] in GROUPS)
     overrides = [word for word in words if word.split("=", 1)[0] not in GROUPS]
+    for key in (word.split("=", 1)[0] for word in overrides):
+        if key == "env.name":  # its settings are chosen with it
+            raise ConfigError("a game is chosen by env=NAME, not by env.name=NAME")
+        _check_known(schema, key)
 
     base = _read(conf / "config.yaml")
     env = chosen.get("env", base.env.name)
@@ -73,6 +78,8 @@ def merge(schema: type[T], *layers: Any) -> T:
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(schema, error)) from None
     for key, value, low, high in _bounds(config):
+        if not math.isfinite(value):
+            raise ConfigError(f"{key}={value} is not a number")
         if (low is not None and value < low) or (high is not None and value > high):
             nearest = low if low is not None and value < low else high
             raise ConfigError(
@@ -120,7 +127,9 @@ def _dotlist(words: Sequence[str]) -> Any:
     try:
         return OmegaConf.from_dotlist(list(words))
     except Exception as error:  # the YAML parser's own errors, of many classes
-        raise ConfigError(f"cannot read {' '.join(words)}: {error}") from None
+        raise ConfigError(
+            f"cannot read {' '.join(words)}: {' '.join(str(error).split())}"
+        ) from None
 
 
 def _choice(conf: Path, group: str, name: str) -> Path:
@@ -131,6 +140,14 @@ def _choice(conf: Path, group: str, name: str) -> Path:
             f"{group}={name} is unknown; did you mean {nearest}? ({', '.join(valid)})"
         )
     return conf / group / f"{name}.yaml"
+
+
+def _check_known(schema: type, key: str) -> None:
+    keys = list(flat(plain(schema())))
+    if key not in keys:
+        same_leaf = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
+        nearest = difflib.get_close_matches(key, same_leaf or keys, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"unknown key '{key}'; did you mean '{nearest}'?")
 
 
 def _explain(schema: type, error: OmegaConfBaseException) -> str:

@@ -4,6 +4,7 @@ CarRacing-v3 is Gymnasium's; take-cover is ViZDoom's scenario with the paper's r
 tics, one reward a tic); `tiny` is a game of a few lines for tests.
 """
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -117,7 +118,8 @@ class TakeCover(gym.Env):
         game.set_available_buttons([vizdoom.Button.MOVE_LEFT, vizdoom.Button.MOVE_RIGHT])
         assert game.get_doom_skill() == self.SKILL
         assert game.get_episode_timeout() == config.max_steps
-        game.init()
+        with contextlib.chdir(self.scratch.name):  # the engine makes a folder where it is started
+            game.init()
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)

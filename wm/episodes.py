@@ -94,7 +94,7 @@ def write_shard(folder: Path, episodes: Sequence[Episode]) -> None:
         os.replace(partial, folder)
     except OSError as error:
         raise WMError(
-            f"cannot write {folder}: {error.strerror}; free some disk and rerun"
+            f"cannot write {folder}: {error.strerror or error}; free some disk and rerun"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -110,7 +110,7 @@ class Shard:
             self.frames = np.load(folder / "frames.npy", mmap_mode="r")
             self.actions = np.load(folder / "actions.npy")
             self.rewards = np.load(folder / "rewards.npy")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise WMError(
                 f"{folder} is damaged ({error}); delete it and collect again: only what is "
                 "missing is played"

@@ -100,6 +100,7 @@ def run_stage(stage: Stage, tracker: Any, command: str = "wm run") -> Path:
     stage.folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(stage.folder / ".lock", timeout=0):
+            (stage.folder / DONE).unlink(missing_ok=True)  # of a result that was damaged since
             print(f"{stage.label}: in {stage.folder}", flush=True)
             _work(stage, tracker)
     except Timeout:

@@ -75,7 +75,7 @@ class LocalRecord(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         line = json.dumps({"step": step or 0, **{k: float(v) for k, v in metrics.items()}})
         with open(self.path, "a") as file:
-            file.write(line + "\n")
+            file.write("\n" + line)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The configuration stands in DONE.json."""
@@ -86,7 +86,10 @@ def read_metrics(folder: Path) -> dict[str, dict[int, float]]:
     history: dict[str, dict[int, float]] = {}
     path = folder / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:
-        entry = json.loads(line)
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # cut by a crash
         step = entry.pop("step")
         for name, value in entry.items():
             history.setdefault(name, {})[step] = value
@@ -159,9 +162,18 @@ class Tracker:
         """The child run of a stage; it ends FINISHED, FAILED, or KILLED when interrupted."""
         tags = {MLFLOW_PARENT_RUN_ID: self.run_id, FINGERPRINT_TAG: stage.fingerprint}
         run_id = self._run(stage.label, tags)
-        logger = MLFlowLogger(self.experiment, tracking_uri=self.uri, run_id=run_id)
         with self._ending(run_id):
-            yield StageRun(self.client, logger, stage.folder)
+            yield StageRun(self.client, self._logger(run_id), stage.folder)
+
+    def _logger(self, run_id: str) -> MLFlowLogger:
+        """Lightning's logger; it leaves its address in the environment, which is not ours to set."""
+        server = os.environ.get("MLFLOW_TRACKING_URI")
+        logger = MLFlowLogger(self.experiment, tracking_uri=self.uri, run_id=run_id)
+        _ = logger.experiment  # made when first asked for
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        if server:
+            os.environ["MLFLOW_TRACKING_URI"] = server
+        return logger
 
     @contextmanager
     def _ending(self, run_id: str) -> Iterator[None]:

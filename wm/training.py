@@ -102,6 +102,7 @@ def fit(
         mode="max",
         save_top_k=KEPT_CHECKPOINTS,
         save_on_train_epoch_end=True,
+        enable_version_counter=False,  # a damaged checkpoint is written anew, under its own name
     )
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = L.Trainer(
@@ -125,7 +126,14 @@ def fit(
     with warnings.catch_warnings():
         for harmless in HARMLESS:
             warnings.filterwarnings("ignore", message=f".*{harmless}.*")
-        trainer.fit(module, data, ckpt_path=newest_checkpoint(folder / CHECKPOINTS))
+        try:
+            trainer.fit(module, data, ckpt_path=newest_checkpoint(folder / CHECKPOINTS))
+        except SystemExit as end:
+            if isinstance(
+                end.__context__, KeyboardInterrupt
+            ):  # Lightning turns Ctrl-C into exit(1)
+                raise KeyboardInterrupt from None
+            raise
     if trainer.interrupted or trainer.global_step < data.steps:
         raise KeyboardInterrupt
 

@@ -23,7 +23,6 @@ from wm.episodes import EpisodeStore
 from wm.evaluate import read_returns
 from wm.files import hashes
 from wm.stages import CHECKPOINTS, DONE
-from wm.tracking import tracking_uri
 from wm.worldmodels import pipeline
 from wm.worldmodels.agent import AgentPlayer
 from wm.worldmodels.pipeline import Config, stages
@@ -54,7 +53,7 @@ class Finished:
 
 def find_parent(runs, graph):
     """The MLflow client and the parent run of a pipeline."""
-    client = MlflowClient(tracking_uri(runs))
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
     (experiment,) = (e for e in client.search_experiments() if e.name != "Default")
     query = f"tags.`wm.pipeline` = '{graph[-1].fingerprint}'"
     (run,) = client.search_runs([experiment.experiment_id], query)

@@ -142,7 +142,7 @@ class Evolution(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.try_all, self.real_game = fitness, real_game
-        self.mean = nn.Parameter(mean.double(), requires_grad=False)
+        self.mean = nn.Parameter(mean.double().clone(), requires_grad=False)
         self.register_buffer("best", mean.double().clone())
         self.register_buffer("best_score", torch.tensor(-torch.inf, dtype=torch.float64))
 
