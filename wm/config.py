@@ -51,7 +51,8 @@ def load(schema: type[T], words: Sequence[str], conf: Path = CONF) -> T:
     for key in (word.split("=", 1)[0] for word in overrides):
         if key == "env.name":  # its settings are chosen with it
             raise ConfigError("a game is chosen by env=NAME, not by env.name=NAME")
-        _check_known(schema, key)
+        if key not in flat(plain(schema())):
+            raise ConfigError(_unknown(schema, key))
 
     base = _read(conf / "config.yaml")
     env = chosen.get("env", base.env.name)
@@ -142,22 +143,19 @@ def _choice(conf: Path, group: str, name: str) -> Path:
     return conf / group / f"{name}.yaml"
 
 
-def _check_known(schema: type, key: str) -> None:
+def _unknown(schema: type, key: str) -> str:
+    """What to say of a key that is not there: the nearest of the same last word, or of all."""
     keys = list(flat(plain(schema())))
-    if key not in keys:
-        same_leaf = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
-        nearest = difflib.get_close_matches(key, same_leaf or keys, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"unknown key '{key}'; did you mean '{nearest}'?")
+    same_leaf = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
+    nearest = difflib.get_close_matches(key, same_leaf or keys, n=1, cutoff=0.0)[0]
+    return f"unknown key '{key}'; did you mean '{nearest}'?"
 
 
 def _explain(schema: type, error: OmegaConfBaseException) -> str:
     key = str(error.full_key or error.key)
-    keys = list(flat(plain(schema())))
-    if key in keys:
+    if key in flat(plain(schema())):
         return f"{key}: {str(error.msg or error).splitlines()[0]}"
-    by_leaf = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
-    nearest = (by_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.0))[0]
-    return f"unknown key '{key}'; did you mean '{nearest}'?"
+    return _unknown(schema, key)
 
 
 def _bounds(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, Any]]:

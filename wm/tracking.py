@@ -166,7 +166,7 @@ class Tracker:
             yield StageRun(self.client, self._logger(run_id), stage.folder)
 
     def _logger(self, run_id: str) -> MLFlowLogger:
-        """Lightning's logger; it leaves its address in the environment, which is not ours to set."""
+        """Lightning's logger, without the address that it leaves in the environment."""
         server = os.environ.get("MLFLOW_TRACKING_URI")
         logger = MLFlowLogger(self.experiment, tracking_uri=self.uri, run_id=run_id)
         _ = logger.experiment  # made when first asked for
