@@ -96,7 +96,7 @@ def test_temperature_spreads_the_latents(make_agent):
     assert 10 * spread(0.001) < spread(1.0) < spread(4.0)
 
 
-@pytest.mark.parametrize("end", ["sample", "threshold"])
+@pytest.mark.parametrize("end", ["weighted", "calibrated", "threshold"])
 @pytest.mark.parametrize(("logit", "ends"), [(1000.0, True), (-1000.0, False)])
 def test_a_certain_end_head_ends_at_once_or_never(end_logit, end, logit, ends):
     _, _, ended = dream(end_logit(logit, end=end).dreams(3), [0, 1, 2], torch.zeros(5, 1))

@@ -24,7 +24,7 @@ class ControllerConfig:
     temperature: float = bounded(1.0, 1e-6)  # of the dream
     horizon: int = bounded(1000, 1)  # steps after which a dream is cut
     start: Literal["any", "first"] = "any"  # dreams begin anywhere in real episodes, or at starts
-    end: Literal["sample", "threshold"] = "sample"  # how the end head ends a dream
+    end: Literal["weighted", "calibrated", "threshold"] = "weighted"  # see dream.DreamEnv
 
     optimizer: Literal["cma", "es"] = "cma"
     population: int = bounded(64, 4)

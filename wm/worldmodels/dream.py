@@ -31,6 +31,11 @@ class DreamEnv(VectorEnv):
     (common random numbers), whatever the batch. The caller resets (autoreset is disabled); a dream
     that has ended goes on, unheeded.
 
+    A dream ends as M's end head says (config.end): "threshold" where its output is above 0.5 (the
+    original code); "calibrated" with the probability of real life; "weighted" with its output as it
+    was trained, ends weighted: a dream about as many times deadlier than life, which leaves C less
+    to exploit where M has lost sight of a danger.
+
     Args:
         config: features, temperature, horizon, start and end of the dream.
         vision: for render() only.
@@ -98,7 +103,9 @@ class DreamEnv(VectorEnv):
             return torch.zeros(self.num_envs, dtype=torch.bool)
         if self.config.end == "threshold":
             return end_logit > 0
-        return uniform < end_probability(end_logit, self.memory.config.end_weight)
+        calibrated = self.config.end == "calibrated"
+        weight = self.memory.config.end_weight if calibrated else 1.0
+        return uniform < end_probability(end_logit, weight)
 
     def _seeds(self, seed: int | Sequence[int] | None) -> np.ndarray:
         if seed is None:

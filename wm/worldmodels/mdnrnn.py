@@ -84,7 +84,7 @@ def sample_mixture(
 
 
 def end_probability(end_logit: Tensor, end_weight: float) -> Tensor:
-    """P(episode ends); weighting positives by w in the loss multiplied the odds by w."""
+    """P(episode ends), where weighting positives by w in the loss multiplied the odds by w."""
     return torch.sigmoid(end_logit - math.log(end_weight))
 
 
