@@ -103,7 +103,10 @@ def test_a_certain_end_head_ends_at_once_or_never(end_logit, end, logit, ends):
     assert (ended == ends).all()
 
 
-@pytest.mark.parametrize(("end", "share"), [("sample", 0.3), ("threshold", 1.0)])
+@pytest.mark.parametrize(
+    ("end", "share"),
+    [("weighted", 10 * 0.3 / (10 * 0.3 + 0.7)), ("calibrated", 0.3), ("threshold", 1)],
+)
 def test_an_unsure_end_head_is_sampled_or_thresholded(end_logit, end, share):
     logit = math.log(10 * 0.3 / 0.7)  # a probability of 0.3, its odds multiplied by the weight 10
     envs = end_logit(logit, end=end, horizon=2).dreams(2000)
