@@ -43,11 +43,11 @@ def tracking_uri(runs: Path) -> str:
 
 def ui_command(runs: Path) -> str:
     """The command line that shows the runs, or the address of the server that does."""
-    uri = tracking_uri(runs)
-    if uri.startswith("http"):
-        return uri
-    mlflow = Path(sys.executable).parent / "mlflow"
-    return f"{mlflow} ui --host 127.0.0.1 --backend-store-uri {uri}"
+    if server := os.environ.get("MLFLOW_TRACKING_URI"):
+        return server
+    mlflow = os.path.relpath(Path(sys.executable).parent / "mlflow")
+    database = os.path.relpath(runs / "mlflow.db")
+    return f"{mlflow} ui --host 127.0.0.1 --backend-store-uri sqlite:///{database}"
 
 
 def git_commit() -> str:
