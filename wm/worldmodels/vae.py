@@ -34,7 +34,9 @@ class VisionConfig:
 
 def to_images(frames: Tensor | np.ndarray) -> Tensor:
     """uint8 [B,64,64,3] -> float [B,3,64,64] in [0,1], channels last in memory."""
-    return torch.as_tensor(frames).permute(0, 3, 1, 2).float() / 255.0
+    if isinstance(frames, np.ndarray):
+        frames = torch.from_numpy(np.require(frames, requirements="W"))  # a memory map is copied
+    return frames.permute(0, 3, 1, 2).float() / 255.0
 
 
 def to_frames(images: Tensor) -> np.ndarray:
