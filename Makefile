@@ -20,16 +20,17 @@ $(VENV)/tested: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --editable '.[test]'
 	touch $@
 
-demo: setup  ## take-cover at a small scale, from the first frame to a score (15 minutes)
+demo: setup  ## take-cover at a small scale, from the first frame to a score (12 minutes)
 	$(WM) run env=takecover scale=demo $(ARGS)
 
-carracing: setup  ## the full CarRacing pipeline (about two hours on 2 cores)
+carracing: setup  ## the full CarRacing pipeline (up to two hours on 2 cores)
 	$(WM) run env=carracing scale=laptop $(ARGS)
 
-takecover: setup  ## the full take-cover pipeline (about two hours on 2 cores)
+takecover: setup  ## the full take-cover pipeline (up to two hours on 2 cores)
 	$(WM) run env=takecover scale=laptop $(ARGS)
 
 ui: setup  ## browse all runs in MLflow, on this machine only
+	@mkdir -p runs
 	$(VENV)/bin/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
 
 test: $(VENV)/tested  ## run the test suite

@@ -22,7 +22,7 @@ SHARD_EPISODES = 4
 
 @dataclass(frozen=True)
 class CollectConfig:
-    episodes: int = bounded(200, 2)  # in each round
+    episodes: int = bounded(200, 2, 100_000)  # in each round
     policy: Literal["brownian", "linear", "uniform"] = "brownian"  # of the first round
     noise: float = bounded(0.1, 0.0)  # on the controller's actions in later rounds
 
@@ -58,6 +58,8 @@ def collect(
     Raises:
         WMError: if the disk cannot hold the estimate, or a game fails again and again.
     """
+    for cut in folder.glob(".shard-*"):  # by a process that was killed
+        shutil.rmtree(cut, ignore_errors=True)
     chunks = [seeds[i : i + SHARD_EPISODES] for i in range(0, len(seeds), SHARD_EPISODES)]
     missing = [chunk for chunk in chunks if not shard_folder(folder, chunk).exists()]
     _check_disk(env, sum(map(len, missing)), folder)

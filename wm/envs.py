@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import cv2
 import gymnasium as gym
@@ -178,10 +178,3 @@ class Catch(gym.Env):
         paddle = int(4 + self.paddle * 55)
         frame[58:64, max(paddle - 10, 0) : paddle + 10] = (80, 160, 255)
         return frame
-
-
-def describe(config: EnvConfig) -> dict[str, Any]:
-    """Versions of what decides a score, for the record of a run."""
-    import vizdoom
-
-    return {"gymnasium": gym.__version__, "vizdoom": vizdoom.__version__, "game": config.name}

@@ -143,9 +143,9 @@ def _work(stage: Stage, tracker: Any) -> None:
 
 def _outputs(folder: Path) -> list[Path]:
     """What a stage leaves to others: not its checkpoints, nor files of its own housekeeping."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return [
         path
-        for path in files
-        if CHECKPOINTS not in path.relative_to(folder).parts and not path.name.startswith(".")
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not any(part.startswith((".", CHECKPOINTS)) for part in path.relative_to(folder).parts)
     ]

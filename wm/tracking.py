@@ -33,6 +33,7 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)  # it announces every tabl
 PACKAGES = ("wm", "torch", "lightning", "gymnasium", "vizdoom", "mlflow", "cma", "numpy")
 PIPELINE_TAG = "wm.pipeline"
 FINGERPRINT_TAG = "wm.fingerprint"
+AGENT_TAG = "wm.agent"
 PARAMS_PER_CALL = 100  # the limit of MLflow's batch call
 
 
@@ -195,8 +196,12 @@ class Tracker:
     def __exit__(self, *failure: Any) -> None:
         self._end.__exit__(*failure)
 
-    def summarise(self, metrics: Mapping[str, float]) -> None:
-        """Put metrics on the parent run, so that the table of runs ranks agents."""
+    def summarise(self, metrics: Mapping[str, float], agent_run: str) -> None:
+        """Put metrics on the parent run, so that the table of runs ranks agents.
+
+        agent_run: the run that holds the agent; another pipeline's, where the stage is shared.
+        """
+        self.client.set_tag(self.run_id, AGENT_TAG, agent_run)
         for key, value in metrics.items():
             self.client.log_metric(self.run_id, key, value)
 
@@ -207,14 +212,17 @@ def download_folder(run_id: str, name: str, runs: Path) -> Path:
     Raises:
         WMError: if there is no such run or no such folder.
     """
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (runs / "mlflow.db").is_file():
+        raise WMError(f"no folder is called '{run_id}', and {runs} has no MLflow database")
     client = MlflowClient(tracking_uri(runs))
     try:
-        experiment = client.get_run(run_id).info.experiment_id
+        run = client.get_run(run_id)
     except MlflowException as error:
         raise WMError(f"no folder and no MLflow run is called '{run_id}': {error}") from None
     query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}'"
-    children = client.search_runs([experiment], query)  # the newest first
-    for candidate in [run_id, *(child.info.run_id for child in children)]:
+    children = client.search_runs([run.info.experiment_id], query)  # the newest first
+    shared = [run.data.tags[AGENT_TAG]] if AGENT_TAG in run.data.tags else []
+    for candidate in [run_id, *shared, *(child.info.run_id for child in children)]:
         if client.list_artifacts(candidate, name):
             target = Path(tempfile.mkdtemp(prefix="wm-"))
             return Path(client.download_artifacts(candidate, name, str(target)))

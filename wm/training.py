@@ -34,12 +34,9 @@ HARMLESS = (  # advice of Lightning that does not fit: batches are made whole, f
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """Where the work is done; never what comes of it, so no fingerprint covers it."""
+    """Where the work is done; no fingerprint covers it."""
 
     accelerator: str = "auto"
-    devices: int = bounded(1, 1)
-    num_nodes: int = bounded(1, 1)
-    strategy: str = "auto"
     workers: int = bounded(0, 0)  # game processes; 0: one for every core
 
 
@@ -107,9 +104,7 @@ def fit(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = L.Trainer(
         accelerator=config.accelerator,
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        strategy=config.strategy,
+        devices=1,
         precision=precision,
         max_epochs=epochs,
         gradient_clip_val=clip,
@@ -164,7 +159,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose hash agrees; damaged ones are passed over with a warning."""
-    paths = sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[-1]))
+    paths = sorted(folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.split("=")[-1]))
     for path in reversed(paths):
         digest = _hash_file(path)
         if digest.exists() and digest.read_text() == sha256(path):

@@ -115,7 +115,7 @@ def test_an_unsure_end_head_is_sampled_or_thresholded(end_logit, end, share):
 
 
 def test_without_heads_a_step_pays_one_and_nothing_ends(make_agent):
-    agent = make_agent(memory={"reward_head": False, "end_head": False})
+    agent = make_agent(memory={"reward_head": False, "end_head": False}, fitness="real")
     _, rewards, ended = dream(agent.dreams(2), [0, 1], torch.zeros(5, 1))
     assert (rewards == 1.0).all()
     assert not ended.any()

@@ -154,6 +154,8 @@ class MDNRNN(L.LightningModule):
     def loss(self, batch: dict[str, Tensor], noise: Tensor | None) -> dict[str, Tensor]:
         """Teacher-forced losses of a batch of segments (see data.Sequences), means over real steps.
 
+        nll is per latent dimension.
+
         noise [B,T+1,Z] samples the latents from V's posterior; None takes the means.
         """
         latent = batch["mean"]

@@ -112,7 +112,7 @@ def prediction_error(
     dreamt = dream_along(memory, starts, actions[:, WARM_UP:], game, temperature=0.1)
     truth = real[:, WARM_UP + 1 :]
     return {
-        "M, left alone": _rmse(dreamt - truth),
+        "M, left alone (τ = 0.1)": _rmse(dreamt - truth),
         "nothing changes": _rmse(real[:, WARM_UP : WARM_UP + 1] - truth),
     }
 

@@ -66,7 +66,8 @@ def stages(config: Config) -> list[Stage]:
     graph: list[Stage] = []
     data, V, M, C = {}, {}, {}, {}  # the newest stages by role: all data, one of each model
     for r in range(config.rounds):
-        collection = {"env": env, "collection": config.collect, "seed": seed, "round": r}
+        playing = config.collect if r else replace(config.collect, noise=CollectConfig.noise)
+        collection = {"env": env, "collection": playing, "seed": seed, "round": r}
         collect = make("collect", work.collect_episodes, C, collection, r)
         data = {**data, collect.label: collect}
         seen = {"vision": vision, "seed": seed}
@@ -114,7 +115,8 @@ def run(words: Sequence[str]) -> None:
     with open_tracker(config, graph) as tracker:
         for stage in graph:
             run_stage(stage, tracker, f"wm {stage.name} {' '.join(words)}")
-        tracker.summarise(summary(graph))
+        controllers = [stage for stage in graph if stage.name == "controller"]
+        tracker.summarise(summary(graph), controllers[-1].record["run_id"])
     print_results(config, graph)
 
 
@@ -144,7 +146,10 @@ def evaluate_run(run: str, words: Sequence[str]) -> None:
     """
     settings = load(Config, words)
     source = find_agent(run, Path(settings.runs))
-    config = replace(settings, env=Agent.load(source).config.env)
+    its = Agent.load(source).config
+    config = replace(
+        settings, env=its.env, vision=its.vision, memory=its.memory, controller=its.controller
+    )
     agent = _stage(config, "agent", work.import_agent, {}, {"hashes": hashes(source)})
     agent = replace(agent, work=partial(agent.work, source=source))
     evaluation = {"env": config.env, "evaluation": config.evaluate}

@@ -121,7 +121,9 @@ def published(config: dict[str, Any]) -> list[dict[str, Any]]:
 def measured(
     config: dict[str, Any], records: dict[str, Any], inputs: dict[str, Path]
 ) -> list[dict[str, Any]]:
-    where = {"dream": "dream only", "real": "real game"}[config["controller"]["fitness"]]
+    where = {"dream": "dream", "real": "real game"}[config["controller"]["fitness"]]
+    if where == "dream" and config["controller"]["keep"] == "best":
+        where = "dream; chosen on validation seeds of the real game"
     rows = []
     for who, place, label, prefix in (
         ("random policy, ours", "-", "baseline", "random"),
@@ -143,9 +145,9 @@ def measured(
 
 
 def costs(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Wall time of all stages, and real steps: collected ones and those of validation."""
+    """Wall time of all stages, and real steps: collected, for validation, for real fitness."""
     facts = [record["facts"] for record in records]
-    steps = sum(f.get("collect/steps", 0) + f.get("collect/real_steps", 0) for f in facts)
+    steps = sum(f.get("collect/steps", 0) + f.get("controller/played_steps", 0) for f in facts)
     return {"cost/seconds": sum(r["seconds"] for r in records), "cost/real_steps": steps}
 
 

@@ -24,7 +24,9 @@ class VisionConfig:
     latent: int = bounded(32, 1)
     beta: float = bounded(1.0, 0.0)  # weight of the KL, on the scale of `likelihood`
     likelihood: Literal["gaussian", "bernoulli"] = "gaussian"  # of variance 1/2, or per pixel
-    free_nats: float = bounded(0.0, 0.0)  # floor of the KL per latent; the original code has 0.5
+    free_nats: float = bounded(
+        0.0, 0.0
+    )  # floor of an image's KL, per latent; the original code's 0.5
     motion_weight: float = bounded(0.0, 0.0)  # extra weight of pixels that have just changed
     learning_rate: float = bounded(1e-4, 0.0)  # as in the original code
     batch: int = bounded(100, 1)
@@ -120,7 +122,7 @@ class ConvVAE(L.LightningModule):
         return self.decode_logits(latent), mean, log_variance
 
     def loss(self, frames: Tensor, previous: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """The negative ELBO of a batch of frames and its two parts, in nats per frame.
+        """The negative ELBO of a batch of frames and its two parts, per frame.
 
         previous: the frames before, for the motion weight.
         """
@@ -128,10 +130,10 @@ class ConvVAE(L.LightningModule):
         logits, mean, log_variance = self(images, noise)
         weight = 1 + self.config.motion_weight * motion(images, to_images(previous))
         reconstruction = reconstruction_loss(logits, images, self.config.likelihood, weight)
-        kl = gaussian_kl(mean, log_variance).mean(0)  # [Z]
-        floored = kl.clamp(min=self.config.free_nats).sum()
+        kl = gaussian_kl(mean, log_variance).sum(1)  # [B]
+        floored = kl.clamp(min=self.config.free_nats * self.config.latent).mean()
         loss = reconstruction + self.config.beta * floored
-        return {"loss": loss, "reconstruction": reconstruction, "kl": kl.sum(), "mean": mean}
+        return {"loss": loss, "reconstruction": reconstruction, "kl": kl.mean(), "mean": mean}
 
     def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
         frames, previous = batch

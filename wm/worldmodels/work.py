@@ -1,12 +1,13 @@
 """What each stage does in its folder.
 
 A stage's keyword arguments are what its fingerprint covers (see pipeline.stages); `folder`,
-`inputs`, `run` and `trainer` say where the work is done and never change what comes of it.
+`inputs`, `run` and `trainer` say where the work is done.
 """
 
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -83,8 +84,7 @@ def collect_episodes(
 
 def collected(inputs: Inputs) -> EpisodeStore:
     """The episodes of all rounds so far, in the order of the rounds."""
-    rounds = sorted((role for role in inputs if role.startswith("collect")), key=len)
-    return EpisodeStore([inputs[role] for role in rounds])
+    return EpisodeStore([inputs[role] for role in inputs if role.startswith("collect")])
 
 
 def train_vision(
@@ -128,6 +128,7 @@ def encode_store(vision: ConvVAE, store: EpisodeStore, folder: Path) -> None:
             array[numbers] = part
     for array in arrays:
         array.flush()
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut before it was done
     os.replace(partial_folder, folder)
 
 
@@ -193,7 +194,7 @@ def draw_memory(
     errors = pictures.prediction_error(memory, store, latents, validation, game, ERROR_HORIZON)
     if errors:
         run.log_file(pictures.prediction_error_curve(errors, folder / "prediction_error.png"))
-        for step, error in enumerate(errors["M, left alone"], start=1):
+        for step, error in enumerate(errors["M, left alone (τ = 0.1)"], start=1):
             run.log_metrics({"memory/error_by_horizon": float(error)}, step)
 
 
@@ -219,20 +220,23 @@ def evolve_controller(
     with Workers(trainer.workers) as workers:
         play = partial(play_candidate, workers, config.env, folder / "agent")
         dream = settings.fitness == "dream"
-        fitness = dream_fitness(agent, seeds) if dream else real_fitness(play, seeds)
+        fitness = dream_fitness(agent, seeds) if dream else real_fitness(play, seeds, run)
         judges = validation_seeds(settings.validation_episodes)
         module = Evolution(agent.weights, fitness, lambda weights: play(weights, judges))
         data = StepsData(int, [0], settings.generations, settings.validate_every)
         callbacks = [AskAndTell(make_strategy)]
-        fit(module, data, folder, trainer, run.loggers, log_every=1, callbacks=callbacks)
+        here = replace(trainer, accelerator="cpu")  # dreams, float64 means and workers live there
+        fit(module, data, folder, here, run.loggers, log_every=1, callbacks=callbacks)
     chosen = module.best if settings.keep == "best" else module.mean.detach()
     kept = {"best": module.best, "mean": module.mean.detach(), "score": module.best_score[None]}
     save_tensors(folder / "controllers.safetensors", kept)
     Agent(config, agent.vision, agent.memory, chosen, agent.starts).save(folder / "agent")
     run.log_folder(folder / "agent", "agent")
     draw_evolution(folder, run)
-    steps = read_metrics(folder).get("controller/real_steps", {})
-    return {"best/real_score": module.best_score.item(), "collect/real_steps": sum(steps.values())}
+    history = read_metrics(folder)
+    steps = [history.get(f"controller/{name}", {}) for name in ("real_steps", "fitness_steps")]
+    played = sum(sum(counts.values()) for counts in steps)
+    return {"best/real_score": module.best_score.item(), "controller/played_steps": played}
 
 
 def new_agent(config: AgentConfig, inputs: Inputs, seed: int) -> Agent:
@@ -263,13 +267,17 @@ def play_candidate(
 
 
 def real_fitness(
-    play: Callable[[Tensor, list[int]], list[Outcome]], seeds: Callable[[int], list[int]]
+    play: Callable[[Tensor, list[int]], list[Outcome]],
+    seeds: Callable[[int], list[int]],
+    run: StageRun,
 ) -> Fitness:
-    """The mean return in the real game behind V and M."""
+    """The mean return in the real game behind V and M; its steps are counted in the run."""
 
     def fitness(candidates: Tensor, generation: int) -> Tensor:
-        scores = [mean_return(play(weights, seeds(generation))) for weights in candidates]
-        return torch.tensor(scores, dtype=torch.float64)
+        played = [play(weights, seeds(generation)) for weights in candidates]
+        steps = sum(outcome.steps for outcomes in played for outcome in outcomes)
+        run.log_metrics({"controller/fitness_steps": steps}, generation)
+        return torch.tensor([mean_return(outcomes) for outcomes in played], dtype=torch.float64)
 
     return fitness
 
