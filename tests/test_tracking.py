@@ -68,7 +68,7 @@ def test_metrics_are_on_the_child_and_in_the_local_record(runs, parent, stage):
 
 def test_the_summary_is_on_the_parent(runs, parent):
     with Tracker(runs, CONFIG, parent) as tracker:
-        tracker.summarise({"eval/mean": 12.5, "eval/ci_low": 11.0})
+        tracker.summarise({"eval/mean": 12.5, "eval/ci_low": 11.0}, "made-up-agent-run")
     metrics = tracker.client.get_run(tracker.run_id).data.metrics
     assert metrics == {"eval/mean": 12.5, "eval/ci_low": 11.0}
 
