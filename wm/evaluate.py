@@ -34,9 +34,6 @@ class Score:
     ci_high: float
     episodes: int
 
-    def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.std:.1f} [{self.ci_low:.1f}, {self.ci_high:.1f}]"
-
 
 def score(returns: Sequence[float]) -> Score:
     """The score of episode returns; the percentile bootstrap is seeded, so it is repeatable."""

@@ -33,8 +33,8 @@ class DreamEnv(VectorEnv):
 
     A dream ends as M's end head says (config.end): "threshold" where its output is above 0.5 (the
     original code); "calibrated" with the probability of real life; "weighted" with its output as it
-    was trained, ends weighted: a dream about as many times deadlier than life, which leaves C less
-    to exploit where M has lost sight of a danger.
+    was trained, ends weighted: a dream about as many times deadlier than life, meant to leave C
+    less to exploit where M has lost sight of a danger (not yet shown to transfer better).
 
     Args:
         config: features, temperature, horizon, start and end of the dream.
