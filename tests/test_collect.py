@@ -5,13 +5,13 @@ import shutil
 import pytest
 
 from wm import WMError
-from wm.collect import SHARD_EPISODES, collect, record, shard_folder
+from wm.collect import SHARD_EPISODES, TYPICAL_STEPS, collect, record, shard_folder
 from wm.envs import EnvConfig
 from wm.episodes import EpisodeStore
 from wm.files import hashes
 from wm.workers import RandomPlayer, play
 
-TINY = EnvConfig("tiny", max_steps=40, typical_steps=12)
+TINY = EnvConfig("tiny", max_steps=40)
 SEEDS = range(30, 40)  # two full shards and half of one
 PLAYER = RandomPlayer("brownian")
 
@@ -48,16 +48,18 @@ def test_recording_again_gives_the_same_whatever_was_played_before():
     assert alone.seed == 7
 
 
-def test_a_disk_too_small_is_refused_before_anything_is_played(workers, tmp_path):
-    endless = EnvConfig("tiny", max_steps=40, typical_steps=10**15)
+def test_a_disk_too_small_is_refused_before_anything_is_played(workers, tmp_path, monkeypatch):
+    monkeypatch.setitem(TYPICAL_STEPS, "tiny", 10**15)
+    endless = EnvConfig("tiny", max_steps=10**15)
     with pytest.raises(WMError, match=r"need about .* GB .* free; lower collect\.episodes"):
         collect(endless, PLAYER, SEEDS, tmp_path, workers)
     assert list(tmp_path.glob("shard-*")) == []
 
 
-def test_what_is_there_needs_no_disk(workers, tmp_path, capsys):
+def test_what_is_there_needs_no_disk(workers, tmp_path, capsys, monkeypatch):
     for first in (0, SHARD_EPISODES):
         shard_folder(tmp_path, SEEDS[first:]).mkdir()
-    endless = EnvConfig("tiny", typical_steps=10**15)
+    monkeypatch.setitem(TYPICAL_STEPS, "tiny", 10**15)
+    endless = EnvConfig("tiny", max_steps=10**15)
     collect(endless, PLAYER, SEEDS[: 2 * SHARD_EPISODES], tmp_path, workers)
     assert "collect: 0 episodes" in capsys.readouterr().out

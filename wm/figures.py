@@ -11,8 +11,6 @@ matplotlib.use("Agg")  # no display is needed
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-FPS = 35
-
 
 def save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=110, bbox_inches="tight")
@@ -71,7 +69,7 @@ def curves(
     return figure
 
 
-def video(frames: np.ndarray, path: Path, scale: int = 4, fps: int = FPS) -> Path:
+def video(frames: np.ndarray, path: Path, fps: int, scale: int = 4) -> Path:
     """uint8 frames [T,H,W,3] as an mp4, each pixel enlarged to a square."""
     large = frames.repeat(scale, axis=1).repeat(scale, axis=2)
     iio.imwrite(path, large, fps=fps, codec="libx264", macro_block_size=1)

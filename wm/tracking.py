@@ -9,7 +9,6 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -224,6 +223,7 @@ def download_folder(run_id: str, name: str, runs: Path) -> Path:
     shared = [run.data.tags[AGENT_TAG]] if AGENT_TAG in run.data.tags else []
     for candidate in [run_id, *shared, *(child.info.run_id for child in children)]:
         if client.list_artifacts(candidate, name):
-            target = Path(tempfile.mkdtemp(prefix="wm-"))
+            target = runs / "downloads" / candidate
+            target.mkdir(parents=True, exist_ok=True)
             return Path(client.download_artifacts(candidate, name, str(target)))
     raise WMError(f"run {run_id} holds no {name}; it has not come so far yet")

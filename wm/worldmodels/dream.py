@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from wm.envs import action_space
+from wm.envs import STEPS_PER_SECOND, action_space
 from wm.worldmodels.controller import ControllerConfig
 from wm.worldmodels.latent import FEATURES, feature_space
 from wm.worldmodels.mdnrnn import MDNRNN, end_probability, sample_mixture
@@ -55,6 +55,7 @@ class DreamEnv(VectorEnv):
     ):
         self.memory, self.starts, self.config, self.vision = memory.eval(), starts, config, vision
         self.num_envs = num_envs
+        self.metadata = {**self.metadata, "render_fps": STEPS_PER_SECOND[game]}
         self.features = FEATURES[config.features]
         self.single_observation_space = feature_space(
             config.features, memory.latent, memory.config.hidden
@@ -148,10 +149,8 @@ class _Noise:
 class SingleDream(gym.Env):
     """One dream with NumPy observations, for any algorithm that speaks Gymnasium."""
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
-
     def __init__(self, envs: DreamEnv, render_mode: str | None = None):
-        self.envs, self.render_mode = envs, render_mode
+        self.envs, self.render_mode, self.metadata = envs, render_mode, envs.metadata
         self.observation_space = envs.single_observation_space
         self.action_space = envs.single_action_space
 

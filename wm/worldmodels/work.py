@@ -21,6 +21,7 @@ from wm import figures
 from wm.collect import CollectConfig, collect, record
 from wm.data import Latents, frames_data, sequences_data
 from wm.envs import (
+    STEPS_PER_SECOND,
     VALIDATION_SEEDS,
     EnvConfig,
     action_space,
@@ -360,7 +361,7 @@ def draw_life(agent: Agent, episode: Episode, folder: Path, run: StageRun) -> No
     pictures.filmstrip(agent.vision, agent.memory, episode, game, temperature, strip)
     run.log_file(strip)
     frames = pictures.side_by_side(agent.vision, episode)
-    run.log_file(figures.video(frames, folder / "episode.mp4"))
+    run.log_file(figures.video(frames, folder / "episode.mp4", STEPS_PER_SECOND[game]))
 
 
 def last_metrics(folder: Path, *prefixes: str) -> Facts:
