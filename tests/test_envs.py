@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -134,8 +135,11 @@ def test_the_crop_of_car_racing_is_its_dashboard():
     assert (picture[:84].max(-1) > 0).any(-1).all()  # no row above is
 
 
-def test_car_racing_shows_the_games_own_picture_without_the_crop():
-    game, env = gym.make("CarRacing-v3"), make_env(SHORT["carracing"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_car_racing_shows_the_games_own_picture_without_the_crop(fast):
+    game = gym.make("CarRacing-v3")
+    env = make_env(replace(SHORT["carracing"], fast_drawing=fast))
+    assert (type(env.unwrapped) is type(game.unwrapped)) is not fast
     picture, _ = game.reset(seed=1)
     frame, _ = env.reset(seed=1)
     game.close(), env.close()

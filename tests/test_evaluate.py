@@ -60,6 +60,17 @@ def test_every_held_out_seed_is_played_exactly_once_and_kept(workers, tmp_path):
     assert [*map(int, steps)] == [outcome.steps for outcome in outcomes]
 
 
+def test_scores_are_taken_in_the_official_game():
+    class Spy:
+        def play(self, env, player, seeds):
+            self.env = env
+            return iter([])
+
+    spy = Spy()
+    play_held_out(EnvConfig("carracing", crop=12), RandomPlayer("uniform"), 2, spy, "random")
+    assert spy.env == EnvConfig("carracing", crop=12, fast_drawing=False)
+
+
 def test_returns_survive_the_table_to_the_last_digit(tmp_path):
     outcomes = play(EnvConfig("carracing", max_steps=30), RandomPlayer("brownian"), [1, 2])
     write_outcomes(tmp_path / "episodes.csv", outcomes)

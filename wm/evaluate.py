@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +55,9 @@ def score(returns: Sequence[float]) -> Score:
 def play_held_out(
     env: EnvConfig, player: Player, episodes: int, workers: Workers, name: str
 ) -> list[Outcome]:
-    """One episode per held-out seed, in the official game."""
-    seeds = held_out_seeds(episodes)
-    outcomes = tqdm(workers.play(env, player, seeds), name, len(seeds), unit="episode")
+    """One episode per held-out seed, in the official game, drawn by the official code."""
+    seeds, official = held_out_seeds(episodes), replace(env, fast_drawing=False)
+    outcomes = tqdm(workers.play(official, player, seeds), name, len(seeds), unit="episode")
     return list(outcomes)
 
 
