@@ -7,6 +7,8 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import wm  # noqa: F401 (registers the dreams)
+from wm.rollout import rollout
+from wm.worldmodels.dream import NOISE_STEPS
 
 GAMES = pytest.mark.parametrize(
     ("game", "name"), [("takecover", "TakeCover"), ("carracing", "CarRacing")]
@@ -59,8 +61,9 @@ def test_different_seeds_give_different_starts_and_noise(make_agent):
 def test_every_step_draws_noise_of_its_own(make_agent):
     agent = make_agent(features="z")
     torch.nn.init.zeros_(agent.memory.mixture_head.weight)  # M expects the same at every step
-    latents, _, _ = dream(agent.dreams(1), [0], torch.zeros(10, 1))
-    assert len(latents[1:, 0].unique(dim=0)) == 10
+    steps = 2 * NOISE_STEPS + 3
+    latents, _, _ = dream(agent.dreams(1), [0], torch.zeros(steps, 1))
+    assert len(latents[1:, 0].unique(dim=0)) == steps
 
 
 def test_actions_steer_the_dream(make_agent):
@@ -112,6 +115,21 @@ def test_an_unsure_end_head_is_sampled_or_thresholded(end_logit, end, share):
     envs = end_logit(logit, end=end, horizon=2).dreams(2000)
     _, _, ended = dream(envs, list(range(2000)), torch.zeros(1, 1))
     assert ended.float().mean().item() == pytest.approx(share, abs=0.04)
+
+
+def test_leaving_ended_dreams_out_changes_no_other(make_agent, monkeypatch):
+    agent = make_agent(horizon=100)
+    torch.nn.init.constant_(agent.memory.end_head.bias, -2.0)  # a dream ends after about 8 steps
+    candidates = agent.controller(torch.randn(4, len(agent.weights)))
+    seeds = list(range(30)) * 4
+    envs = agent.dreams(len(seeds))
+    some = rollout(envs, candidates, seeds)
+    assert len(envs.active) < 20
+    monkeypatch.setattr("wm.worldmodels.dream.KEPT_SHARE", 0.0)
+    everyone = rollout(agent.dreams(len(seeds)), candidates, seeds)
+    torch.testing.assert_close(some.returns, everyone.returns)
+    assert torch.equal(some.steps, everyone.steps)
+    assert len(everyone.steps.unique()) > 10
 
 
 def test_without_heads_a_step_pays_one_and_nothing_ends(make_agent):

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -7,10 +8,12 @@ import torch
 from wm import WMError
 from wm.training import StepsData, TrainerConfig, fit
 from wm.workers import Outcome
+from wm.worldmodels import evolution
 from wm.worldmodels.controller import ControllerConfig
 from wm.worldmodels.evolution import STRATEGIES, AskAndTell, Evolution, dream_fitness
 
 WEIGHTS, POPULATION = 5, 8
+PLAIN = TrainerConfig("cpu", compile=False)
 BOTH = pytest.mark.parametrize("name", STRATEGIES)
 
 
@@ -151,7 +154,7 @@ def test_the_best_mean_by_validation_is_kept(tmp_path):
 
 def test_candidates_meet_the_same_dreams_and_differ_by_their_weights_alone(make_agent):
     agent = make_agent()
-    fitness = dream_fitness(agent, lambda generation: [generation, generation + 100])
+    fitness = dream_fitness(agent, lambda generation: [generation, generation + 100], PLAIN)
     twin, other = agent.weights, -agent.weights
     together = fitness(torch.stack([twin, other, twin]), 0)
     torch.testing.assert_close(together[0], together[2], rtol=1e-5, atol=1e-6)
@@ -159,3 +162,15 @@ def test_candidates_meet_the_same_dreams_and_differ_by_their_weights_alone(make_
     alone = fitness(other[None], 0)
     torch.testing.assert_close(alone[0], together[1], rtol=1e-5, atol=1e-6)
     assert fitness(other[None], 1) != alone  # another generation, other dreams
+
+
+def test_fitness_is_bit_for_bit_the_same_on_one_and_two_cores(make_agent, monkeypatch):
+    monkeypatch.setattr(evolution, "PART_DREAMS", 8)
+    agent = make_agent()
+    candidates = torch.randn(7, len(agent.weights))
+    one, two = (
+        dream_fitness(agent, lambda generation: [1, 2, 3, 4], replace(PLAIN, workers=cores))
+        for cores in (1, 2)
+    )
+    assert torch.equal(one(candidates, 0), two(candidates, 0))
+    assert len(one(candidates, 0).unique()) == 7

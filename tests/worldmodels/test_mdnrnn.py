@@ -113,7 +113,7 @@ def test_samples_follow_softened_weights_and_scaled_deviations(mixture, temperat
     uniform, normal = torch.rand(count, columns), torch.randn(count, 2)
     prediction = Prediction(log_pi, mean, log_sigma, None, None)
 
-    samples = sample_mixture(prediction, temperature, uniform, normal)
+    samples = sample_mixture(*prediction[:3], temperature, uniform, normal)
 
     component = (samples / 100).round().long()
     softened = (weights.log() / temperature).softmax(0)
@@ -133,7 +133,7 @@ def test_samples_follow_softened_weights_and_scaled_deviations(mixture, temperat
 def test_single_mixture_has_variance_temperature_times_sigma_squared(temperature):
     sigma, normal = 0.7, torch.randn(100_000, 1)
     parts = [torch.full((100_000, 1, 1), value) for value in (0.0, 3.0, math.log(sigma))]
-    samples = sample_mixture(Prediction(*parts, None, None), temperature, normal * 0, normal)
+    samples = sample_mixture(*parts, temperature, normal * 0, normal)
     variance = torch.tensor(temperature * sigma**2)
     torch.testing.assert_close(samples.var(), variance, atol=0, rtol=0.03)
 
@@ -143,7 +143,7 @@ def test_a_component_without_weight_is_never_sampled(uniform, component):
     log_pi = torch.tensor([0.0, 1.0, 0.0]).log()[None, :, None]
     mean = torch.arange(3.0)[None, :, None]
     prediction = Prediction(log_pi, mean, torch.zeros(1, 3, 1), None, None)
-    sample = sample_mixture(prediction, 1.0, torch.tensor([[uniform]]), torch.zeros(1, 1))
+    sample = sample_mixture(*prediction[:3], 1.0, torch.tensor([[uniform]]), torch.zeros(1, 1))
     assert sample.item() == component
 
 

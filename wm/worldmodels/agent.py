@@ -108,11 +108,11 @@ class Agent:
         config, name = self.config.controller, self.config.env.name
         return Controller(config, name, self.features, self._actions, weights.float())
 
-    def dreams(self, num_envs: int, **changes: Any) -> DreamEnv:
+    def dreams(self, num_envs: int, compiled: bool = False, **changes: Any) -> DreamEnv:
         """Its dreams, with changes to the controller's settings, for instance temperature=1.15."""
         config = merge(ControllerConfig, plain(self.config.controller), changes)
         name = self.config.env.name
-        return DreamEnv(self.memory, self.starts, config, name, num_envs, self.vision)
+        return DreamEnv(self.memory, self.starts, config, name, num_envs, self.vision, compiled)
 
 
 @dataclass(frozen=True)

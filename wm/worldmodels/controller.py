@@ -25,6 +25,7 @@ class ControllerConfig:
     horizon: int = bounded(1000, 1)  # steps after which a dream is cut
     start: Literal["any", "first"] = "any"  # dreams begin anywhere in real episodes, or at starts
     end: Literal["weighted", "calibrated", "threshold"] = "weighted"  # see dream.DreamEnv
+    precision: Literal["32-true", "bf16-true"] = "32-true"  # of the dream's matrix products
 
     optimizer: Literal["cma", "es"] = "cma"
     population: int = bounded(64, 4)

@@ -4,8 +4,8 @@ Ha & Schmidhuber 2018, section 4.2. N dreams, S starts, Z latent, H hidden. Obse
 and flags are torch tensors; `SingleDream` is one dream as a plain Gymnasium environment.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -16,20 +16,23 @@ from torch import Tensor
 
 from wm.envs import STEPS_PER_SECOND, action_space
 from wm.worldmodels.controller import ControllerConfig
+from wm.worldmodels.engine import PRECISIONS, Noise, dream_step, fused_step, join_weights
 from wm.worldmodels.latent import FEATURES, feature_space
-from wm.worldmodels.mdnrnn import MDNRNN, end_probability, sample_mixture
+from wm.worldmodels.mdnrnn import MDNRNN, end_probability
 from wm.worldmodels.starts import Starts
 from wm.worldmodels.vae import ConvVAE, to_frames
 
 SURVIVAL_REWARD = 1.0  # a step's reward where M has no reward head (take-cover counts tics)
+KEPT_SHARE = 7 / 8  # of dreams that go on; below it, those that have ended are left out
+NOISE_STEPS = 64  # drawn at a time
 
 
 class DreamEnv(VectorEnv):
     """N dreams side by side, stepped together.
 
-    Start and noise of a dream depend on its seed and the horizon alone: equal seeds give equal ones
-    (common random numbers), whatever the batch. The caller resets (autoreset is disabled); a dream
-    that has ended goes on, unheeded.
+    Start and noise of a dream depend on its seed alone: equal seeds give equal ones (common random
+    numbers), whatever the batch. The caller resets (autoreset is disabled); what a dream shows and
+    pays after its end means nothing: it is left out of the computation sooner or later.
 
     A dream ends as M's end head says (config.end): "threshold" where its output is above 0.5 (the
     original code); "calibrated" with the probability of real life; "weighted" with its output as it
@@ -39,6 +42,7 @@ class DreamEnv(VectorEnv):
     Args:
         config: features, temperature, horizon, start and end of the dream.
         vision: for render() only.
+        compiled: fuse the step, which takes seconds at first and pays off for many dreams.
     """
 
     metadata = {"render_modes": ["rgb_array"], "autoreset_mode": AutoresetMode.DISABLED}
@@ -52,11 +56,15 @@ class DreamEnv(VectorEnv):
         game: str,
         num_envs: int,
         vision: ConvVAE | None = None,
+        compiled: bool = False,
     ):
         self.memory, self.starts, self.config, self.vision = memory.eval(), starts, config, vision
         self.num_envs = num_envs
         self.metadata = {**self.metadata, "render_fps": STEPS_PER_SECOND[game]}
         self.features = FEATURES[config.features]
+        self.weights = join_weights(memory, PRECISIONS[config.precision])
+        self.temperature = torch.tensor(config.temperature)
+        self.advance = fused_step() if compiled else dream_step
         self.single_observation_space = feature_space(
             config.features, memory.latent, memory.config.hidden
         )
@@ -69,44 +77,65 @@ class DreamEnv(VectorEnv):
         """Begin N dreams from seeds; options={"start": [N]} begins at given starts instead."""
         seeds = self._seeds(seed)
         distinct, index = np.unique(seeds, return_inverse=True)
-        self.noise_index = torch.from_numpy(index)
-        self.noise = _Noise(distinct.tolist(), self.memory, self.config.horizon)
-        start = self.noise.start(len(self.starts.latent))[self.noise_index]
+        self.noise = _Noise(distinct.tolist(), self.memory)
+        self.index = torch.from_numpy(index)
+        start = self.noise.start(len(self.starts.latent))[self.index]
         start = torch.as_tensor((options or {}).get("start", start))
         self.latent, self.state = self.starts.pick(start)
+        self.active = torch.arange(self.num_envs)  # the dreams that are computed
+        self.ended = torch.zeros(self.num_envs, dtype=torch.bool)  # of those
         self.steps = 0
         return self.features(self.latent, self.state), {}
 
     @torch.inference_mode()
     def step(self, actions: Any):
         actions = torch.as_tensor(actions, dtype=torch.float32)
-        hidden, self.state = self.memory.advance(self.latent[:, None], actions[:, None], self.state)
-        prediction = self.memory.predict(hidden[:, 0])
-        noise = self.noise.at(self.steps, self.noise_index)
-        self.latent = sample_mixture(
-            prediction, self.config.temperature, noise.uniform, noise.normal
+        if len(self.active) < self.num_envs:
+            actions = actions[self.active]
+        noise, mixtures = self.noise.at(self.steps), self.memory.config.mixtures
+        now = (self.latent, actions, self.state)
+        self.latent, self.state, reward, end_logit, uniform = self.advance(
+            self.weights, mixtures, self.temperature, *now, noise, self.index
         )
         self.steps += 1
-        reward = prediction.reward
-        if reward is None:
-            reward = torch.full((self.num_envs,), SURVIVAL_REWARD)
-        terminated = self._ends(prediction.end_logit, noise.end)
+        if self.memory.reward_head is None:
+            reward = torch.full_like(reward, SURVIVAL_REWARD)
+        terminated = self._ends(end_logit, uniform)
         truncated = torch.full((self.num_envs,), self.steps >= self.config.horizon)
-        return self.features(self.latent, self.state), reward, terminated, truncated, {}
+        observation = self.features(self.latent, self.state)
+        outcome = [self._among_all(part) for part in (observation, reward, terminated)]
+        self._leave_out(terminated)
+        return *outcome, truncated, {}
 
     @torch.inference_mode()
     def render(self) -> list[np.ndarray]:
         """What V sees in the current latents: N frames [64,64,3] uint8."""
-        return list(to_frames(self.vision.decode(self.latent)))
+        return list(to_frames(self.vision.decode(self._among_all(self.latent))))
 
-    def _ends(self, end_logit: Tensor | None, uniform: Tensor) -> Tensor:
-        if end_logit is None:
-            return torch.zeros(self.num_envs, dtype=torch.bool)
+    def _ends(self, end_logit: Tensor, uniform: Tensor) -> Tensor:
+        if self.memory.end_head is None:
+            return torch.zeros_like(end_logit, dtype=torch.bool)
         if self.config.end == "threshold":
             return end_logit > 0
         calibrated = self.config.end == "calibrated"
         weight = self.memory.config.end_weight if calibrated else 1.0
         return uniform < end_probability(end_logit, weight)
+
+    def _among_all(self, values: Tensor) -> Tensor:
+        """Values of the dreams that are computed at their places among all, zeros elsewhere."""
+        if len(values) == self.num_envs:
+            return values
+        everywhere = values.new_zeros(self.num_envs, *values.shape[1:])
+        return everywhere.index_copy_(0, self.active, values)
+
+    def _leave_out(self, terminated: Tensor) -> None:
+        """Compute dreams that have ended no longer, once they are enough to be worth it."""
+        self.ended = self.ended | terminated
+        rest = self.ended.logical_not().nonzero().squeeze(1)
+        if 1 < len(rest) < KEPT_SHARE * len(self.ended):
+            self.active, self.index = self.active[rest], self.index[rest]
+            self.latent, self.ended = self.latent[rest], self.ended[rest]
+            self.state = tuple(layer[:, rest] for layer in self.state)
 
     def _seeds(self, seed: int | Sequence[int] | None) -> np.ndarray:
         if seed is None:
@@ -118,32 +147,27 @@ class DreamEnv(VectorEnv):
         return np.asarray(seed)
 
 
-class _Step(NamedTuple):
-    uniform: Tensor  # [N,1] or [N,Z]: picks mixture components
-    normal: Tensor  # [N,Z]
-    end: Tensor  # [N]
-
-
 class _Noise:
-    """All random numbers of some dreams, drawn ahead from one generator per seed."""
+    """The random numbers of some dreams: a generator for each seed, drawn from some steps ahead."""
 
-    def __init__(self, seeds: list[int], memory: MDNRNN, horizon: int):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.first = torch.stack([torch.rand(1, generator=g)[0] for g in generators])
-        uniforms, latent = memory.uniform_size + 1, memory.latent
-        self.uniform = torch.stack(
-            [torch.rand(horizon, uniforms, generator=g) for g in generators], dim=1
-        )
-        self.normal = torch.stack(
-            [torch.randn(horizon, latent, generator=g) for g in generators], dim=1
-        )
+    def __init__(self, seeds: list[int], memory: MDNRNN):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.uniforms, self.normals = memory.uniform_size + 1, memory.latent
+        self.first = torch.cat([torch.rand(1, generator=g) for g in self.generators])
 
     def start(self, count: int) -> Tensor:
         return (self.first * count).long().clamp(max=count - 1)
 
-    def at(self, step: int, index: Tensor) -> _Step:
-        uniform = self.uniform[step][index]
-        return _Step(uniform[:, 1:], self.normal[step][index], uniform[:, 0])
+    def at(self, step: int) -> Noise:
+        """Of steps in order, beginning with 0."""
+        if step % NOISE_STEPS == 0:
+            self.uniform = self._draw(torch.rand, self.uniforms)
+            self.normal = self._draw(torch.randn, self.normals)
+        uniform = self.uniform[step % NOISE_STEPS]
+        return Noise(uniform[:, 1:], self.normal[step % NOISE_STEPS], uniform[:, 0])
+
+    def _draw(self, draw: Callable[..., Tensor], size: int) -> Tensor:
+        return torch.stack([draw(NOISE_STEPS, size, generator=g) for g in self.generators], dim=1)
 
 
 class SingleDream(gym.Env):

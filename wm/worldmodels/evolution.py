@@ -6,6 +6,8 @@ P candidates, n weights. Fitness is a return: more is better.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 import cma
@@ -18,9 +20,12 @@ from torch import Tensor, nn
 
 from wm import WMError
 from wm.rollout import rollout
+from wm.training import TrainerConfig
 from wm.workers import Outcome
 from wm.worldmodels.agent import Agent
 from wm.worldmodels.controller import ControllerConfig
+
+PART_DREAMS = 512  # dreamt together by one core
 
 Fitness = Callable[[Tensor, int], Tensor]  # (candidates [P,n], generation) -> returns [P]
 RealGame = Callable[[Tensor], list[Outcome]]  # weights [n] -> episodes on validation seeds
@@ -174,14 +179,26 @@ class CountingOptimizer(torch.optim.Optimizer):
         """One generation is over."""
 
 
-def dream_fitness(agent: Agent, seeds: Callable[[int], list[int]]) -> Fitness:
-    """The mean return over dreams; every candidate of a generation dreams the same seeds."""
+def dream_fitness(
+    agent: Agent, seeds: Callable[[int], list[int]], config: TrainerConfig
+) -> Fitness:
+    """The mean return over dreams; every candidate of a generation dreams the same seeds.
+
+    Candidates are dreamt in parts, one on each core at a time: threads that never wait for one
+    another are about twice as fast as one batch whose every operation is shared by the cores. The
+    parts, and so the result, are the same for any number of cores.
+    """
+    cores = ThreadPoolExecutor(config.cores, initializer=torch.set_num_threads, initargs=(1,))
+
+    def part_fitness(episodes: list[int], part: Tensor) -> Tensor:
+        envs = agent.dreams(len(part) * len(episodes), config.compile)
+        result = rollout(envs, agent.controller(part), episodes * len(part))
+        return result.returns.unflatten(0, (len(part), -1)).mean(1)
 
     def fitness(candidates: Tensor, generation: int) -> Tensor:
         episodes = seeds(generation)
-        envs = agent.dreams(len(candidates) * len(episodes))
-        result = rollout(envs, agent.controller(candidates), episodes * len(candidates))
-        return result.returns.unflatten(0, (len(candidates), -1)).mean(1)
+        parts = candidates.split(max(1, PART_DREAMS // len(episodes)))
+        return torch.cat(list(cores.map(partial(part_fitness, episodes), parts)))
 
     return fitness
 

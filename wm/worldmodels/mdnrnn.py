@@ -64,23 +64,37 @@ def mixture_nll(target: Tensor, log_pi: Tensor, mean: Tensor, log_sigma: Tensor)
     return -torch.logsumexp(log_pi + log_normal, dim=-2).sum(-1)
 
 
+def unpack_mixture(raw: Tensor, mixtures: int, latent: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs [...,W+2KZ] -> logits [...,K,1 or Z], mean and log_sigma [...,K,Z]."""
+    size = mixtures * latent
+    parts = raw.split([raw.shape[-1] - 2 * size, size, size], dim=-1)
+    logits, mean, log_sigma = (part.unflatten(-1, (mixtures, -1)) for part in parts)
+    return logits, mean, log_sigma.clamp(*LOG_SIGMA_RANGE)
+
+
 def sample_mixture(
-    prediction: Prediction, temperature: float, uniform: Tensor, normal: Tensor
+    logits: Tensor,
+    mean: Tensor,
+    log_sigma: Tensor,
+    temperature: Tensor | float,
+    uniform: Tensor,
+    normal: Tensor,
 ) -> Tensor:
     """A latent [N,Z] at a temperature: logits of pi over tau, variance times tau.
 
     Args:
+        logits, mean, log_sigma: as in Prediction; logits may lack a constant.
         uniform: picks the component, [N,1] if joint, [N,Z] if factored, in [0,1).
         normal: standard normal [N,Z].
     """
-    log_pi, mean, log_sigma = prediction[:3]
-    cumulative = (log_pi / temperature).softmax(dim=-2).cumsum(dim=-2)
-    last = log_pi.shape[-2] - 1
-    component = (uniform[..., None, :] >= cumulative).sum(dim=-2, keepdim=True).clamp(max=last)
-    component = component.expand(*mean.shape[:-2], 1, mean.shape[-1])
-    chosen_mean = mean.gather(-2, component).squeeze(-2)
-    chosen_sigma = log_sigma.gather(-2, component).squeeze(-2).exp()
-    return chosen_mean + math.sqrt(temperature) * chosen_sigma * normal
+    pi = ((logits - logits.amax(-2, keepdim=True)) / temperature).exp()
+    left = uniform * pi.sum(-2)
+    chosen_mean, chosen_sigma = mean[..., 0, :], log_sigma[..., 0, :]
+    for k in range(1, pi.shape[-2]):  # a component is passed over while some of `left` is left
+        left = left - pi[..., k - 1, :]
+        chosen_mean = torch.where(left >= 0, mean[..., k, :], chosen_mean)
+        chosen_sigma = torch.where(left >= 0, log_sigma[..., k, :], chosen_sigma)
+    return chosen_mean + temperature**0.5 * chosen_sigma.exp() * normal
 
 
 def end_probability(end_logit: Tensor, end_weight: float) -> Tensor:
@@ -133,15 +147,14 @@ class MDNRNN(L.LightningModule):
 
     def predict(self, hidden: Tensor) -> Prediction:
         """The heads on hidden outputs [...,H]: in float32, whatever the recurrent layer runs in."""
-        K, Z = self.config.mixtures, self.latent
-        sizes = [self.weights_size, self.mixture_size, self.mixture_size]
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.float()
-            logits, mean, log_sigma = self.mixture_head(hidden).split(sizes, dim=-1)
+            raw = self.mixture_head(hidden)
+            logits, mean, log_sigma = unpack_mixture(raw, self.config.mixtures, self.latent)
             return Prediction(
-                logits.unflatten(-1, (K, -1)).log_softmax(dim=-2),
-                mean.unflatten(-1, (K, Z)),
-                log_sigma.unflatten(-1, (K, Z)).clamp(*LOG_SIGMA_RANGE),
+                logits.log_softmax(dim=-2),
+                mean,
+                log_sigma,
                 None if self.reward_head is None else self.reward_head(hidden).squeeze(-1),
                 None if self.end_head is None else self.end_head(hidden).squeeze(-1),
             )

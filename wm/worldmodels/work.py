@@ -78,7 +78,7 @@ def collect_episodes(
     player = RandomPlayer(collection.policy)
     if "controller" in inputs:
         player = AgentPlayer(inputs["controller"] / "agent", noise=collection.noise)
-    with Workers(trainer.workers) as workers:
+    with Workers(trainer.cores) as workers:
         collect(env, player, training_seeds(seed, round, collection.episodes), folder, workers)
     return {f"collect/{name}": value for name, value in EpisodeStore([folder]).summary().items()}
 
@@ -218,10 +218,10 @@ def evolve_controller(
     make_strategy = partial(
         STRATEGIES[settings.optimizer], settings, agent.weights.double().numpy(), search_seed
     )
-    with Workers(trainer.workers) as workers:
+    with Workers(trainer.cores) as workers:
         play = partial(play_candidate, workers, config.env, folder / "agent")
         dream = settings.fitness == "dream"
-        fitness = dream_fitness(agent, seeds) if dream else real_fitness(play, seeds, run)
+        fitness = dream_fitness(agent, seeds, trainer) if dream else real_fitness(play, seeds, run)
         judges = validation_seeds(settings.validation_episodes)
         module = Evolution(agent.weights, fitness, lambda weights: play(weights, judges))
         data = StepsData(int, [0], settings.generations, settings.validate_every)
@@ -317,7 +317,7 @@ def play_baseline(
     evaluation: EvaluateConfig,
 ) -> Facts:
     """The random policy on the held-out seeds."""
-    with Workers(trainer.workers) as workers:
+    with Workers(trainer.cores) as workers:
         player = RandomPlayer("uniform")
         outcomes = play_held_out(env, player, evaluation.episodes, workers, "random policy")
     return _keep_score(outcomes, folder, run, "random")
@@ -334,7 +334,7 @@ def evaluate_agent(
 ) -> Facts:
     """The agent on the held-out seeds, and what it saw and dreamt in a median episode."""
     player = AgentPlayer(inputs["controller"] / "agent")
-    with Workers(trainer.workers) as workers:
+    with Workers(trainer.cores) as workers:
         outcomes = play_held_out(env, player, evaluation.episodes, workers, "agent")
         facts = _keep_score(outcomes, folder, run, "eval")
         middle = sorted(outcomes, key=lambda outcome: outcome.episode_return)[len(outcomes) // 2]

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from wm.worldmodels.engine import Noise, dream_step, fused_step, join_weights
+from wm.worldmodels.mdnrnn import sample_mixture
+
+DREAMS, SEEDS, LATENT, ACTIONS = 12, 3, 4, 2
+CELLS = pytest.mark.parametrize("cell", ["lstm", "gru"])
+
+
+@pytest.fixture
+def situation(make_memory):
+    """situation(**memory settings): M and one step's arguments for N dreams."""
+
+    def make(dreams=DREAMS, **settings):
+        memory = make_memory(LATENT, ACTIONS, **settings)
+        layers = 2 if memory.config.cell == "lstm" else 1
+        state = tuple(torch.randn(1, dreams, memory.config.hidden) for _ in range(layers))
+        uniform = torch.rand(SEEDS, memory.uniform_size)
+        noise = Noise(uniform, torch.randn(SEEDS, LATENT), torch.rand(SEEDS))
+        now = (torch.randn(dreams, LATENT), torch.rand(dreams, ACTIONS), state)
+        return memory, now, noise, torch.randint(SEEDS, (dreams,))
+
+    return make
+
+
+def plainly(memory, temperature, now, noise, index):
+    """The same step by M's own methods."""
+    latent, action, state = now
+    hidden, state = memory.advance(latent[:, None], action[:, None], state)
+    prediction = memory.predict(hidden[:, 0])
+    latent = sample_mixture(*prediction[:3], temperature, noise.uniform[index], noise.normal[index])
+    return latent, state, prediction.reward, prediction.end_logit
+
+
+@CELLS
+@pytest.mark.parametrize("mixture", ["joint", "factored"])
+@pytest.mark.parametrize("temperature", [0.5, 1.15])
+@torch.inference_mode()
+def test_the_joined_step_is_ms_own_step(situation, cell, mixture, temperature):
+    memory, *now = situation(cell=cell, mixture=mixture)
+    weights = join_weights(memory, torch.float32)
+    moment, *noise = now
+    *ours, end = dream_step(weights, 3, torch.tensor(temperature), *moment, *noise)
+    torch.testing.assert_close(tuple(ours), plainly(memory, temperature, *now))
+    torch.testing.assert_close(end, now[1].end[now[2]])
+
+
+@CELLS
+@torch.inference_mode()
+def test_a_head_that_is_not_there_says_nothing(situation, cell):
+    memory, now, *noise = situation(cell=cell, reward_head=False, end_head=False)
+    weights = join_weights(memory, torch.float32)
+    _, _, reward, end_logit, _ = dream_step(weights, 3, torch.tensor(1.0), *now, *noise)
+    assert not reward.any()
+    assert not end_logit.any()
+
+
+@torch.inference_mode()
+def test_products_in_bfloat16_err_by_its_rounding(situation):
+    memory, now, *noise = situation(hidden=64)
+    exact, rounded = (
+        dream_step(join_weights(memory, dtype), 3, torch.tensor(1.0), *now, *noise)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    for layer, same in zip(exact[1], rounded[1], strict=True):
+        torch.testing.assert_close(same, layer, atol=0.03, rtol=0)
+        assert (same != layer).any()
+
+
+@torch.inference_mode()
+def test_the_compiled_step_is_the_plain_one_for_any_number_of_dreams(situation):
+    for dreams in (DREAMS, 7, 2):
+        memory, now, *noise = situation(dreams)
+        arguments = (join_weights(memory, torch.float32), 3, torch.tensor(1.15), *now, *noise)
+        torch.testing.assert_close(fused_step()(*arguments), dream_step(*arguments))
