@@ -37,13 +37,8 @@ class TrainerConfig:
     """Where the work is done; no fingerprint covers it."""
 
     accelerator: str = "auto"
-    workers: int = bounded(0, 0)  # game processes and dreaming threads; 0: one for every core
+    workers: int = bounded(0, 0)  # processes that play and dream; 0: one for every core
     compile: bool = True  # the dream's step, where there is a C++ compiler
-
-    @property
-    def cores(self) -> int:
-        """How many games or dreams go on side by side."""
-        return self.workers or len(os.sched_getaffinity(0))
 
 
 class Steps(Dataset):

@@ -5,6 +5,7 @@ neither the number of processes nor the death of one changes anything.
 """
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError
 from dataclasses import dataclass
@@ -72,11 +73,11 @@ class Workers:
     """A pool of game processes; use as a context manager.
 
     Args:
-        count: processes.
+        count: processes; 0 takes one for every core this process may use.
     """
 
     def __init__(self, count: int):
-        self.count = count
+        self.count = count or len(os.sched_getaffinity(0))
 
     def __enter__(self) -> "Workers":
         context = multiprocessing.get_context("spawn")

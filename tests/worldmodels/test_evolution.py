@@ -1,4 +1,3 @@
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -7,13 +6,11 @@ import torch
 
 from wm import WMError
 from wm.training import StepsData, TrainerConfig, fit
-from wm.workers import Outcome
-from wm.worldmodels import evolution
+from wm.workers import Outcome, Workers
 from wm.worldmodels.controller import ControllerConfig
 from wm.worldmodels.evolution import STRATEGIES, AskAndTell, Evolution, dream_fitness
 
 WEIGHTS, POPULATION = 5, 8
-PLAIN = TrainerConfig("cpu", compile=False)
 BOTH = pytest.mark.parametrize("name", STRATEGIES)
 
 
@@ -152,10 +149,22 @@ def test_the_best_mean_by_validation_is_kept(tmp_path):
     assert torch.equal(module.mean, tried[2])
 
 
-def test_candidates_meet_the_same_dreams_and_differ_by_their_weights_alone(make_agent):
-    agent = make_agent()
-    fitness = dream_fitness(agent, lambda generation: [generation, generation + 100], PLAIN)
-    twin, other = agent.weights, -agent.weights
+@pytest.fixture
+def dreamt(make_agent, workers, tmp_path):
+    """dreamt(pool, part): the fitness of a small agent's dreams, of 2 seeds each."""
+
+    def make(pool=workers, part=512):
+        agent = make_agent()
+        agent.save(tmp_path)
+        seeds = lambda generation: [generation, generation + 100]  # noqa: E731
+        return dream_fitness(pool, tmp_path, seeds, part, compiled=False), agent.weights
+
+    return make
+
+
+def test_candidates_meet_the_same_dreams_and_differ_by_their_weights_alone(dreamt):
+    fitness, twin = dreamt()
+    other = -twin
     together = fitness(torch.stack([twin, other, twin]), 0)
     torch.testing.assert_close(together[0], together[2], rtol=1e-5, atol=1e-6)
     assert together[0] != together[1]
@@ -164,13 +173,10 @@ def test_candidates_meet_the_same_dreams_and_differ_by_their_weights_alone(make_
     assert fitness(other[None], 1) != alone  # another generation, other dreams
 
 
-def test_fitness_is_bit_for_bit_the_same_on_one_and_two_cores(make_agent, monkeypatch):
-    monkeypatch.setattr(evolution, "PART_DREAMS", 8)
-    agent = make_agent()
-    candidates = torch.randn(7, len(agent.weights))
-    one, two = (
-        dream_fitness(agent, lambda generation: [1, 2, 3, 4], replace(PLAIN, workers=cores))
-        for cores in (1, 2)
-    )
-    assert torch.equal(one(candidates, 0), two(candidates, 0))
-    assert len(one(candidates, 0).unique()) == 7
+def test_fitness_is_bit_for_bit_the_same_on_one_and_two_processes(dreamt, workers):
+    with Workers(1) as alone:
+        fitness = [dreamt(pool, part=6)[0] for pool in (alone, workers)]
+        candidates = torch.randn(7, len(dreamt()[1]), dtype=torch.float64)
+        one, two = (try_all(candidates, 0) for try_all in fitness)
+    assert torch.equal(one, two)
+    assert len(one.unique()) == 7

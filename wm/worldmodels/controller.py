@@ -26,6 +26,7 @@ class ControllerConfig:
     start: Literal["any", "first"] = "any"  # dreams begin anywhere in real episodes, or at starts
     end: Literal["weighted", "calibrated", "threshold"] = "weighted"  # see dream.DreamEnv
     precision: Literal["32-true", "bf16-true"] = "32-true"  # of the dream's matrix products
+    part: int = bounded(512, 1)  # dreams that a process steps together; smaller use more cores
 
     optimizer: Literal["cma", "es"] = "cma"
     population: int = bounded(64, 4)

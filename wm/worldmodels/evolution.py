@@ -6,8 +6,8 @@ P candidates, n weights. Fitness is a return: more is better.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import cma
@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from wm import WMError
 from wm.rollout import rollout
-from wm.training import TrainerConfig
-from wm.workers import Outcome
+from wm.workers import Outcome, Workers
 from wm.worldmodels.agent import Agent
 from wm.worldmodels.controller import ControllerConfig
 
-PART_DREAMS = 512  # dreamt together by one core
+DREAM_SECONDS = 600.0  # after which a part of a generation is taken for stuck
 
 Fitness = Callable[[Tensor, int], Tensor]  # (candidates [P,n], generation) -> returns [P]
 RealGame = Callable[[Tensor], list[Outcome]]  # weights [n] -> episodes on validation seeds
@@ -180,27 +179,47 @@ class CountingOptimizer(torch.optim.Optimizer):
 
 
 def dream_fitness(
-    agent: Agent, seeds: Callable[[int], list[int]], config: TrainerConfig
+    workers: Workers,
+    folder: Path,
+    seeds: Callable[[int], list[int]],
+    part: int,
+    compiled: bool,
 ) -> Fitness:
     """The mean return over dreams; every candidate of a generation dreams the same seeds.
 
-    Candidates are dreamt in parts, one on each core at a time: threads that never wait for one
-    another are about twice as fast as one batch whose every operation is shared by the cores. The
-    parts, and so the result, are the same for any number of cores.
-    """
-    cores = ThreadPoolExecutor(config.cores, initializer=torch.set_num_threads, initargs=(1,))
+    Candidates are dreamt in parts, each by one process on one core: that is about three times as
+    fast as one batch whose every operation is shared by the cores. The parts, and so the result,
+    are the same for any number of processes.
 
-    def part_fitness(episodes: list[int], part: Tensor) -> Tensor:
-        envs = agent.dreams(len(part) * len(episodes), config.compile)
-        result = rollout(envs, agent.controller(part), episodes * len(part))
-        return result.returns.unflatten(0, (len(part), -1)).mean(1)
+    Args:
+        folder: of the agent whose V, M and starts are dreamt with.
+        part: dreams of a part, at most; there are two parts at least.
+    """
 
     def fitness(candidates: Tensor, generation: int) -> Tensor:
         episodes = seeds(generation)
-        parts = candidates.split(max(1, PART_DREAMS // len(episodes)))
-        return torch.cat(list(cores.map(partial(part_fitness, episodes), parts)))
+        size = max(1, min(part // len(episodes), -(-len(candidates) // 2)))
+        task = partial(dream_returns, folder, episodes, compiled)
+        parts = [part.numpy() for part in candidates.split(size)]
+        return torch.from_numpy(np.concatenate(list(workers.map(task, parts, DREAM_SECONDS))))
 
     return fitness
+
+
+def dream_returns(
+    folder: Path, seeds: list[int], compiled: bool, candidates: np.ndarray
+) -> np.ndarray:
+    """The mean returns [P] of candidates [P,n] over dreams of an agent."""
+    agent = _dreaming_agent(folder)
+    envs = agent.dreams(len(candidates) * len(seeds), compiled)
+    policy = agent.controller(torch.from_numpy(candidates))
+    result = rollout(envs, policy, seeds * len(candidates))
+    return result.returns.unflatten(0, (len(candidates), -1)).mean(1).numpy()
+
+
+@lru_cache(maxsize=1)
+def _dreaming_agent(folder: Path) -> Agent:
+    return Agent.load(folder)
 
 
 def mean_return(outcomes: list[Outcome]) -> float:

@@ -78,7 +78,7 @@ def collect_episodes(
     player = RandomPlayer(collection.policy)
     if "controller" in inputs:
         player = AgentPlayer(inputs["controller"] / "agent", noise=collection.noise)
-    with Workers(trainer.cores) as workers:
+    with Workers(trainer.workers) as workers:
         collect(env, player, training_seeds(seed, round, collection.episodes), folder, workers)
     return {f"collect/{name}": value for name, value in EpisodeStore([folder]).summary().items()}
 
@@ -218,10 +218,13 @@ def evolve_controller(
     make_strategy = partial(
         STRATEGIES[settings.optimizer], settings, agent.weights.double().numpy(), search_seed
     )
-    with Workers(trainer.cores) as workers:
+    with Workers(trainer.workers) as workers:
         play = partial(play_candidate, workers, config.env, folder / "agent")
-        dream = settings.fitness == "dream"
-        fitness = dream_fitness(agent, seeds, trainer) if dream else real_fitness(play, seeds, run)
+        if settings.fitness == "dream":
+            where = folder / "agent"
+            fitness = dream_fitness(workers, where, seeds, settings.part, trainer.compile)
+        else:
+            fitness = real_fitness(play, seeds, run)
         judges = validation_seeds(settings.validation_episodes)
         module = Evolution(agent.weights, fitness, lambda weights: play(weights, judges))
         data = StepsData(int, [0], settings.generations, settings.validate_every)
@@ -317,7 +320,7 @@ def play_baseline(
     evaluation: EvaluateConfig,
 ) -> Facts:
     """The random policy on the held-out seeds."""
-    with Workers(trainer.cores) as workers:
+    with Workers(trainer.workers) as workers:
         player = RandomPlayer("uniform")
         outcomes = play_held_out(env, player, evaluation.episodes, workers, "random policy")
     return _keep_score(outcomes, folder, run, "random")
@@ -334,7 +337,7 @@ def evaluate_agent(
 ) -> Facts:
     """The agent on the held-out seeds, and what it saw and dreamt in a median episode."""
     player = AgentPlayer(inputs["controller"] / "agent")
-    with Workers(trainer.cores) as workers:
+    with Workers(trainer.workers) as workers:
         outcomes = play_held_out(env, player, evaluation.episodes, workers, "agent")
         facts = _keep_score(outcomes, folder, run, "eval")
         middle = sorted(outcomes, key=lambda outcome: outcome.episode_return)[len(outcomes) // 2]
