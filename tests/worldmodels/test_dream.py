@@ -7,7 +7,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import wm  # noqa: F401 (registers the dreams)
-from wm.rollout import rollout
+from wm.rollout import UniformPolicy, rollout
 from wm.worldmodels.dream import NOISE_STEPS
 
 GAMES = pytest.mark.parametrize(
@@ -97,6 +97,14 @@ def test_temperature_spreads_the_latents(make_agent):
         return envs.step(torch.zeros(200, 1))[0].std(0).mean()
 
     assert 10 * spread(0.001) < spread(1.0) < spread(4.0)
+
+
+def test_a_dream_that_never_ends_goes_on_however_certain_the_end(end_logit):
+    envs = end_logit(1000.0, end="never", horizon=9).dreams(4)
+    result = rollout(envs, UniformPolicy(envs.single_action_space), [0, 1, 2, 3])
+    assert result.steps.tolist() == [9] * 4
+    assert not result.terminated.any()
+    assert envs.latent.any(dim=1).all()
 
 
 @pytest.mark.parametrize("end", ["weighted", "calibrated", "threshold"])

@@ -43,6 +43,8 @@ class AgentConfig:
             head = "end_head" if self.env.name == "takecover" else "reward_head"
             if not getattr(self.memory, head):
                 raise ConfigError(f"controller.fitness=dream needs memory.{head}=true here")
+            if head == "end_head" and self.controller.end == "never":
+                raise ConfigError("controller.end=never pays every candidate the same here")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ class DreamEnv(VectorEnv):
     A dream ends as M's end head says (config.end): "threshold" where its output is above 0.5 (the
     original code); "calibrated" with the probability of real life; "weighted" with its output as it
     was trained, ends weighted: a dream about as many times deadlier than life, meant to leave C
-    less to exploit where M has lost sight of a danger (not yet shown to transfer better).
+    less to exploit where M has lost sight of a danger (not yet shown to transfer better). "never":
+    it goes on to the horizon.
 
     Args:
         config: features, temperature, horizon, start and end of the dream.
@@ -113,7 +114,7 @@ class DreamEnv(VectorEnv):
         return list(to_frames(self.vision.decode(self._among_all(self.latent))))
 
     def _ends(self, end_logit: Tensor, uniform: Tensor) -> Tensor:
-        if self.memory.end_head is None:
+        if self.memory.end_head is None or self.config.end == "never":
             return torch.zeros_like(end_logit, dtype=torch.bool)
         if self.config.end == "threshold":
             return end_logit > 0

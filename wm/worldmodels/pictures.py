@@ -55,7 +55,7 @@ def dream_along(
 ) -> Tensor:
     """Latents [B,T,Z] of dreams from B starts that get the given actions [B,T,A]."""
     batch, horizon = actions.shape[:2]
-    settings = ControllerConfig(features="z", temperature=temperature, horizon=horizon)
+    settings = ControllerConfig("z", temperature=temperature, horizon=horizon, end="never")
     dreams = DreamEnv(memory, starts, settings, game, batch)
     dreams.reset(seed=0, options={"start": torch.arange(batch)})
     return torch.stack([dreams.step(actions[:, t])[0] for t in range(horizon)], dim=1)
