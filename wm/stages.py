@@ -109,23 +109,26 @@ def run_stage(stage: Stage, tracker: Any, command: str = "wm run") -> Path:
 
 
 def _work(stage: Stage, tracker: Any) -> None:
-    clock = stage.folder / ".seconds"  # of work in earlier, interrupted runs
-    before = float(clock.read_text()) if clock.exists() else 0.0
+    clock = (
+        stage.folder / ".seconds"
+    )  # of earlier, interrupted runs: all, and with models and games
+    before, busy_before = json.loads(clock.read_text()) if clock.exists() else (0.0, 0.0)
     started = time.time()
     inputs = {role: needed.folder for role, needed in stage.inputs.items()}
-    try:
-        with tracker.stage(stage) as run:
+    with tracker.stage(stage) as run:
+        try:
             facts = stage.work(stage.folder, inputs, run) or {}
-            seconds = before + time.time() - started
-            run.log_metrics({"seconds": seconds, **facts})
-    finally:
-        write_atomically(clock, str(before + time.time() - started))
+        finally:
+            seconds, busy = before + time.time() - started, busy_before + run.busy_seconds
+            write_atomically(clock, json.dumps([seconds, busy]))
+        run.log_metrics({"seconds": seconds, "busy_seconds": busy, **facts})
     manifest = {
         "stage": stage.label,
         "fingerprint": stage.fingerprint,
         "config": dict(stage.config),
         "inputs": {role: needed.fingerprint for role, needed in stage.inputs.items()},
         "seconds": seconds,
+        "busy_seconds": busy,
         "facts": facts,
         "versions": tracker.versions,
         "run_id": run.run_id,

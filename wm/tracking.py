@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -100,12 +101,21 @@ class StageRun:
     """The child run of a stage: metrics go to MLflow and to the local record, files to MLflow."""
 
     def __init__(self, client: MlflowClient, logger: MLFlowLogger, folder: Path):
-        self.client, self.run_id = client, logger.run_id
+        self.client, self.run_id, self.busy_seconds = client, logger.run_id, 0.0
         self.loggers = [logger, LocalRecord(folder)]
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         for logger in self.loggers:
             logger.log_metrics(dict(metrics), step)
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Time inside is spent with models and games; all other time of a stage is overhead."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.busy_seconds += time.perf_counter() - started
 
     def log_file(self, path: Path, under: str | None = None) -> None:
         self.client.log_artifact(self.run_id, str(path), under)

@@ -185,6 +185,20 @@ class FiniteGradients(Callback):
                 )
 
 
+class Busy(Callback):
+    """Counts training batches as the stage's busy time; validation, logs and loading are not."""
+
+    def __init__(self, run: Any):
+        self.run = run
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.clock = self.run.busy()
+        self.clock.__enter__()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.clock.__exit__(None, None, None)
+
+
 class Progress(Callback):
     """One bar over all steps, with the time that remains."""
 

@@ -66,11 +66,12 @@ PAGE = Environment(autoescape=True).from_string(
 <td>{{ row.score }}</td><td>{{ row.interval }}</td><td>{{ row.episodes }}</td></tr>{% endfor %}
 </table>
 <h2>Cost</h2>
-<table><tr><th>stage</th><th>wall time</th></tr>
-{% for stage, seconds in times %}<tr><td>{{ stage }}</td><td>{{ "%.1f"|format(seconds / 60) }} min
-</td></tr>{% endfor %}
-<tr class="ours"><td>all, with {{ steps }} real steps</td><td>{{ "%.1f"|format(total / 60) }} min
-</td></tr></table>
+<p>The overhead is the share of a stage's time that was not spent with models and games: reading
+data, validation of V, M and C, MLflow, checkpoints and pictures.</p>
+<table><tr><th>stage</th><th>wall time</th><th>overhead</th></tr>
+{% for row in times %}<tr class="{{ row.kind }}"><td>{{ row.stage }}</td>
+<td>{{ "%.1f"|format(row.seconds / 60) }} min</td><td>{{ "%.1f"|format(100 * row.overhead) }} %</td>
+</tr>{% endfor %}</table>
 {% for picture in pictures %}<h3>{{ picture.title }} <small>({{ picture.stage }})</small></h3>
 <img alt="{{ picture.title }}" src="data:image/png;base64,{{ picture.data }}">{% endfor %}
 {% if video %}<h3>A median episode: the game, and what V sees</h3>
@@ -97,9 +98,7 @@ def write_report(
         headline=f"Seed {config['seed']}, {config['rounds']} round(s). "
         "Scores are returns in the official game on held-out seeds.",
         scores=[*published(config), *measured(config, records, inputs)],
-        times=[(label, record["seconds"]) for label, record in records.items()],
-        steps=f"{cost['cost/real_steps']:,.0f}",
-        total=cost["cost/seconds"],
+        times=times(records, cost),
         pictures=list(_pictures(inputs)),
         video=_embed(inputs["evaluate"] / "episode.mp4"),
         config=json.dumps(config, indent=1),
@@ -144,11 +143,32 @@ def measured(
     return rows
 
 
+def times(records: dict[str, Any], cost: dict[str, float]) -> list[dict[str, Any]]:
+    rows = [
+        {
+            "stage": label,
+            "seconds": record["seconds"],
+            "overhead": 1 - record["busy_seconds"] / record["seconds"],
+        }
+        for label, record in records.items()
+    ]
+    all_stages = f"all, with {cost['cost/real_steps']:,.0f} real steps"
+    total = {"seconds": cost["cost/seconds"], "overhead": cost["cost/overhead"]}
+    return [*rows, {"kind": "ours", "stage": all_stages, **total}]
+
+
 def costs(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Wall time of all stages, and real steps: collected, for validation, for real fitness."""
+    """Wall time of all stages, the share of it that neither models nor games took, and real steps:
+    collected, for validation, for real fitness.
+    """
     facts = [record["facts"] for record in records]
     steps = sum(f.get("collect/steps", 0) + f.get("controller/played_steps", 0) for f in facts)
-    return {"cost/seconds": sum(r["seconds"] for r in records), "cost/real_steps": steps}
+    seconds, busy = (sum(r[name] for r in records) for name in ("seconds", "busy_seconds"))
+    return {
+        "cost/seconds": seconds,
+        "cost/overhead": 1 - busy / seconds,
+        "cost/real_steps": steps,
+    }
 
 
 def _pictures(inputs: dict[str, Path]):

@@ -31,7 +31,7 @@ from wm.envs import (
 from wm.episodes import Episode, EpisodeStore
 from wm.evaluate import EvaluateConfig, play_held_out, score, write_outcomes
 from wm.tracking import StageRun, read_metrics
-from wm.training import StepsData, TrainerConfig, fit
+from wm.training import Busy, StepsData, TrainerConfig, fit
 from wm.workers import Outcome, RandomPlayer, Workers
 from wm.worldmodels import pictures
 from wm.worldmodels.agent import (
@@ -78,7 +78,7 @@ def collect_episodes(
     player = RandomPlayer(collection.policy)
     if "controller" in inputs:
         player = AgentPlayer(inputs["controller"] / "agent", noise=collection.noise)
-    with Workers(trainer.workers) as workers:
+    with Workers(trainer.workers) as workers, run.busy():
         collect(env, player, training_seeds(seed, round, collection.episodes), folder, workers)
     return {f"collect/{name}": value for name, value in EpisodeStore([folder]).summary().items()}
 
@@ -103,9 +103,10 @@ def train_vision(
     if "vision" in inputs:
         load_weights(model, inputs["vision"] / "vision.safetensors")
     data = frames_data(store, vision, seed, EPOCH_STEPS)
-    fit(model, data, folder, trainer, run.loggers, vision.precision)
+    fit(model, data, folder, trainer, run.loggers, vision.precision, callbacks=[Busy(run)])
     save_tensors(folder / "vision.safetensors", model.cpu().eval().state_dict())
-    encode_store(model, store, folder / "latents")
+    with run.busy():
+        encode_store(model, store, folder / "latents")
     draw_vision(model, store, folder, run)
     return last_metrics(folder, "vision/val_", "vision/active")
 
@@ -164,7 +165,8 @@ def train_memory(
     if "memory" in inputs:
         load_weights(model, inputs["memory"] / "memory.safetensors")
     data = sequences_data(store, latents, memory, seed, EPOCH_STEPS)
-    fit(model, data, folder, trainer, run.loggers, memory.precision, memory.clip)
+    settings = (memory.precision, memory.clip)
+    fit(model, data, folder, trainer, run.loggers, *settings, callbacks=[Busy(run)])
     save_tensors(folder / "memory.safetensors", model.cpu().eval().state_dict())
     draw_memory(load_vision(vision, inputs), model, store, latents, env.name, folder, run)
     return last_metrics(folder, "memory/val_", "memory/end")
@@ -228,7 +230,7 @@ def evolve_controller(
         judges = validation_seeds(settings.validation_episodes)
         module = Evolution(agent.weights, fitness, lambda weights: play(weights, judges))
         data = StepsData(int, [0], settings.generations, settings.validate_every)
-        callbacks = [AskAndTell(make_strategy)]
+        callbacks = [AskAndTell(make_strategy), Busy(run)]
         here = replace(trainer, accelerator="cpu")  # dreams, float64 means and workers live there
         fit(module, data, folder, here, run.loggers, log_every=1, callbacks=callbacks)
     chosen = module.best if settings.keep == "best" else module.mean.detach()
@@ -320,8 +322,8 @@ def play_baseline(
     evaluation: EvaluateConfig,
 ) -> Facts:
     """The random policy on the held-out seeds."""
-    with Workers(trainer.workers) as workers:
-        player = RandomPlayer("uniform")
+    player = RandomPlayer("uniform")
+    with Workers(trainer.workers) as workers, run.busy():
         outcomes = play_held_out(env, player, evaluation.episodes, workers, "random policy")
     return _keep_score(outcomes, folder, run, "random")
 
@@ -337,11 +339,11 @@ def evaluate_agent(
 ) -> Facts:
     """The agent on the held-out seeds, and what it saw and dreamt in a median episode."""
     player = AgentPlayer(inputs["controller"] / "agent")
-    with Workers(trainer.workers) as workers:
+    with Workers(trainer.workers) as workers, run.busy():
         outcomes = play_held_out(env, player, evaluation.episodes, workers, "agent")
-        facts = _keep_score(outcomes, folder, run, "eval")
-        middle = sorted(outcomes, key=lambda outcome: outcome.episode_return)[len(outcomes) // 2]
-        (episode,) = record(env, player, [middle.seed])
+    facts = _keep_score(outcomes, folder, run, "eval")
+    middle = sorted(outcomes, key=lambda outcome: outcome.episode_return)[len(outcomes) // 2]
+    (episode,) = record(env, player, [middle.seed])
     draw_life(Agent.load(player.folder), episode, folder, run)
     return facts
 
