@@ -29,6 +29,9 @@ carracing: setup  ## the full CarRacing pipeline (up to two hours on 2 cores)
 takecover: setup  ## the full take-cover pipeline (up to two hours on 2 cores)
 	$(WM) run env=takecover scale=laptop $(ARGS)
 
+bench: setup  ## time the parts beside what they are measured against (under 10 minutes)
+	$(WM) bench $(ARGS)
+
 ui: setup  ## browse all runs in MLflow, on this machine only
 	@mkdir -p runs
 	$(VENV)/bin/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
@@ -44,4 +47,4 @@ clean:  ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo carracing takecover ui test lint clean
+.PHONY: help setup demo carracing takecover bench ui test lint clean
