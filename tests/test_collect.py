@@ -6,7 +6,7 @@ import pytest
 
 from wm import WMError
 from wm.collect import SHARD_EPISODES, TYPICAL_STEPS, collect, record, shard_folder
-from wm.envs import EnvConfig
+from wm.envs import EnvConfig, as_vector, make_env
 from wm.episodes import EpisodeStore
 from wm.files import hashes
 from wm.workers import RandomPlayer, play
@@ -41,8 +41,8 @@ def test_more_episodes_add_to_those_that_are_there(workers, tmp_path):
 
 
 def test_recording_again_gives_the_same_whatever_was_played_before():
-    (alone,) = record(TINY, PLAYER, [7])
-    after_others = record(TINY, PLAYER, [5, 6, 7])[-1]
+    (alone,) = record(as_vector(make_env(TINY)), PLAYER, [7])
+    after_others = record(as_vector(make_env(TINY)), PLAYER, [5, 6, 7])[-1]
     assert (alone.frames == after_others.frames).all()
     assert (alone.actions == after_others.actions).all()
     assert alone.seed == 7

@@ -6,10 +6,12 @@ import os
 
 import numpy as np
 import pytest
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from wm import WMError
-from wm.envs import EnvConfig, make_env
+from wm.envs import EnvConfig, as_vector, make_env
 from wm.episodes import Episode, EpisodeStore, Recorder, Shard, write_shard
+from wm.rollout import UniformPolicy, rollout
 
 LENGTHS = [[3, 1, 5], [2], [4, 12, 6]]  # of the episodes of three shards
 
@@ -132,16 +134,16 @@ def test_an_empty_store_names_the_command_that_fills_it(tmp_path):
 @pytest.mark.parametrize("game", ["carracing", "takecover", "tiny"])
 def test_the_recorded_actions_lead_a_fresh_game_through_the_recorded_frames(game):
     config = EnvConfig(game, max_steps=40)
-    recorder, fresh = Recorder(make_env(config)), make_env(config)
+    recorder, fresh = Recorder(as_vector(make_env(config))), make_env(config)
     generator = np.random.default_rng(0)
-    recorder.reset(seed=5)
+    recorder.reset(seed=[5])
     ended = False
     while not ended:
         action = generator.uniform(recorder.action_space.low, 1.0).astype(np.float32)
         _, _, terminated, truncated, _ = recorder.step(action)
         action[:] = 0  # a policy may write its next action in the same place
-        ended = terminated or truncated
-    episode = recorder.episode()
+        ended = terminated[0] or truncated[0]
+    (episode,) = recorder.episodes()
     frame, _ = fresh.reset(seed=5)
     np.testing.assert_array_equal(episode.frames[0], frame)
     for step, action in enumerate(episode.actions):
@@ -149,5 +151,25 @@ def test_the_recorded_actions_lead_a_fresh_game_through_the_recorded_frames(game
         np.testing.assert_array_equal(episode.frames[step + 1], frame)
         assert episode.rewards[step] == np.float32(reward)
     recorder.close(), fresh.close()
-    assert (episode.terminated, episode.truncated) == (terminated, truncated)
+    assert (episode.terminated, episode.truncated) == (terminated[0], truncated[0])
     assert len(episode.frames) == len(episode.actions) + 1 == len(episode.rewards) + 1
+
+
+def test_games_recorded_side_by_side_are_each_cut_at_their_own_end():
+    config, seeds = EnvConfig("tiny", max_steps=40), [3, 4, 5, 6]
+    games = [lambda: make_env(config)] * len(seeds)
+    recorder = Recorder(SyncVectorEnv(games, autoreset_mode=AutoresetMode.NEXT_STEP))
+    rollout(recorder, UniformPolicy(recorder.single_action_space), seeds)
+    together = recorder.episodes()
+    assert len({len(episode.actions) for episode in together}) > 1
+    for seed, episode in zip(seeds, together, strict=True):
+        recorder = Recorder(as_vector(make_env(config)))
+        rollout(recorder, UniformPolicy(recorder.single_action_space), [seed])
+        (alone,) = recorder.episodes()
+        assert_same(episode, alone)
+        assert episode.terminated or episode.truncated
+
+
+def assert_same(one, two):
+    for name, value in vars(one).items():
+        np.testing.assert_array_equal(value, getattr(two, name))

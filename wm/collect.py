@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from wm import WMError
 from wm.config import bounded
-from wm.envs import FRAME, EnvConfig, make_env
+from wm.envs import FRAME, EnvConfig, as_vector, make_env
 from wm.episodes import Episode, Recorder, write_shard
-from wm.rollout import Policy, rollout
+from wm.rollout import rollout
 from wm.workers import Player, Workers, time_limit
 
 SHARD_EPISODES = 4
@@ -28,19 +28,20 @@ class CollectConfig:
     noise: float = bounded(0.1, 0.0)  # on the controller's actions in later rounds
 
 
-def record(env: EnvConfig, player: Player, seeds: Sequence[int]) -> list[Episode]:
-    """Play the seeds one after the other in one game and keep everything."""
-    game = Recorder(make_env(env))
+def record(games: VectorEnv, player: Player, seeds: Sequence[int]) -> list[Episode]:
+    """Play the seeds in turn, as many at once as there are games, and keep everything.
+
+    The games are closed at the end.
+    """
+    recorder, episodes = Recorder(games), []
     try:
-        envs, policy = player(game)
-        return [_episode(game, envs, policy, seed) for seed in seeds]
+        envs, policy = player(recorder)
+        for first in range(0, len(seeds), games.num_envs):
+            rollout(envs, policy, seeds[first : first + games.num_envs])
+            episodes += recorder.episodes()
+        return episodes
     finally:
-        game.close()
-
-
-def _episode(game: Recorder, envs: VectorEnv, policy: Policy, seed: int) -> Episode:
-    rollout(envs, policy, [seed])
-    return game.episode()
+        recorder.close()
 
 
 def shard_folder(folder: Path, seeds: Sequence[int]) -> Path:
@@ -48,7 +49,8 @@ def shard_folder(folder: Path, seeds: Sequence[int]) -> Path:
 
 
 def record_shard(env: EnvConfig, player: Player, folder: Path, seeds: Sequence[int]) -> None:
-    write_shard(shard_folder(folder, seeds), record(env, player, seeds))
+    games = as_vector(make_env(env))
+    write_shard(shard_folder(folder, seeds), record(games, player, seeds))
 
 
 def collect(

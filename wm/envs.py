@@ -49,7 +49,7 @@ def make_env(config: EnvConfig) -> gym.Env:
 
 
 def as_vector(env: gym.Env) -> SyncVectorEnv:
-    """A batch of one, for the rollout loop; the caller resets it."""
+    """A vector of one, for the rollout loop; the caller resets it."""
     return SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.DISABLED)
 
 

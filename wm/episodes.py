@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
+from gymnasium.vector import VectorWrapper
 
 from wm import WMError
 from wm.files import sha256
@@ -45,28 +45,37 @@ class EpisodeIndex:
     truncated: bool
 
 
-class Recorder(gym.Wrapper):
-    """Keeps the current episode of a game; put it below whatever the policy looks through."""
+class Recorder(VectorWrapper):
+    """Keeps what happens in N games; put it below whatever the policy looks through."""
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        frame, info = self.env.reset(seed=seed, options=options)
-        self.seed, self.frames, self.actions, self.rewards = seed, [frame], [], []
-        self.terminated = self.truncated = False
-        return frame, info
+    def reset(self, *, seed: Sequence[int], options: dict | None = None):
+        frames, info = self.env.reset(seed=seed, options=options)
+        self.seeds, self.frames, self.steps = seed, [frames], []
+        return frames, info
 
-    def step(self, action: np.ndarray):
-        frame, reward, self.terminated, self.truncated, info = self.env.step(action)
-        self.frames.append(frame)
-        self.actions.append(np.array(action, np.float32))
-        self.rewards.append(reward)
-        return frame, reward, self.terminated, self.truncated, info
+    def step(self, actions: np.ndarray):
+        frames, *outcome, info = self.env.step(actions)
+        self.frames.append(frames)
+        self.steps.append((np.array(actions, np.float32), *outcome))
+        return frames, *outcome, info
 
-    def episode(self) -> Episode:
-        actions, rewards = np.stack(self.actions), np.array(self.rewards, np.float32)
-        frames = np.stack(self.frames)
-        return Episode(
-            self.seed, frames, actions, rewards, bool(self.terminated), bool(self.truncated)
-        )
+    def episodes(self) -> list[Episode]:
+        """The N episodes, when all have ended: each up to its own end, whatever came after it."""
+        frames = np.stack(self.frames, axis=1)  # [N,T+1,64,64,3]
+        parts = (np.stack(part, axis=1) for part in zip(*self.steps, strict=True))
+        actions, rewards, terminated, truncated = parts  # [N,T,...]
+        ends = (terminated | truncated).argmax(axis=1)  # the first
+        return [
+            Episode(
+                seed,
+                frames[i, : end + 2],
+                actions[i, : end + 1],
+                rewards[i, : end + 1].astype(np.float32),
+                bool(terminated[i, end]),
+                bool(truncated[i, end]),
+            )
+            for i, (seed, end) in enumerate(zip(self.seeds, ends, strict=True))
+        ]
 
 
 def write_shard(folder: Path, episodes: Sequence[Episode]) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import gymnasium as gym
 import torch
 from gymnasium.vector import VectorEnv
 from pebble import ProcessExpired, ProcessPool
@@ -26,10 +25,10 @@ SECONDS_PER_STEP = 0.5  # a game slower than this by far is stuck, and its proce
 
 
 class Player(Protocol):
-    """Who plays: picklable, so that every process can seat its own at a game."""
+    """Who plays: picklable, so that every process can seat its own at the games."""
 
-    def __call__(self, game: gym.Env) -> tuple[VectorEnv, Policy]:
-        """The game as the player sees it, and the player's policy."""
+    def __call__(self, games: VectorEnv) -> tuple[VectorEnv, Policy]:
+        """The games as the player sees them, and the player's policy."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class RandomPlayer:
 
     kind: str
 
-    def __call__(self, game: gym.Env) -> tuple[VectorEnv, Policy]:
-        return as_vector(game), RANDOM_POLICIES[self.kind](game.action_space)
+    def __call__(self, games: VectorEnv) -> tuple[VectorEnv, Policy]:
+        return games, RANDOM_POLICIES[self.kind](games.single_action_space)
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Outcome:
 
 def play(env: EnvConfig, player: Player, seeds: Sequence[int]) -> list[Outcome]:
     """Play the seeds one after the other in one game."""
-    game = make_env(env)
+    game = as_vector(make_env(env))
     try:
         envs, policy = player(game)
         return [_outcome(envs, policy, seed) for seed in seeds]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from wm import WMError
-from wm.envs import make_env
+from wm.envs import as_vector, make_env
 from wm.rollout import rollout
 from wm.worldmodels.agent import Agent, AgentPlayer, find_agent, save_tensors
 
@@ -40,7 +40,7 @@ def test_an_agent_read_back_acts_and_dreams_alike(make_agent, tmp_path, cell):
 def test_a_player_acts_as_its_agent_but_for_noise(make_agent, tmp_path, noise):
     agent = make_agent("tiny")
     agent.save(tmp_path)
-    game = make_env(agent.config.env)
+    game = as_vector(make_env(agent.config.env))
     envs, policy = AgentPlayer(tmp_path, noise=noise)(game)
     observation, _ = envs.reset(seed=[0])
     policy.reset([0])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from wm.collect import record
 from wm.config import load
 from wm.data import Latents
-from wm.envs import VALIDATION_SEEDS, held_out_seeds, training_seeds
+from wm.envs import VALIDATION_SEEDS, as_vector, held_out_seeds, make_env, training_seeds
 from wm.episodes import EpisodeStore
 from wm.evaluate import read_returns
 from wm.files import hashes
@@ -217,7 +217,7 @@ def test_a_second_round_collects_with_the_controller_and_keeps_all_data(tiny):
 
     seed = training_seeds(config.seed, 1, 1)[0]
     player = AgentPlayer(controller.folder / "agent", noise=config.collect.noise)
-    (expected,) = record(config.env, player, [seed])
+    (expected,) = record(as_vector(make_env(config.env)), player, [seed])
     actions = np.load(collect.folder / f"shard-{seed:010d}" / "actions.npy")
     np.testing.assert_array_equal(actions[: len(expected.actions)], expected.actions)
 

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 from gymnasium.vector import VectorEnv
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from wm import WMError
 from wm.config import ConfigError, from_yaml, merge, plain, to_yaml
-from wm.envs import EnvConfig, action_space, as_vector
+from wm.envs import EnvConfig, action_space
 from wm.files import write_atomically
 from wm.rollout import NoisyPolicy, Policy
 from wm.worldmodels.controller import Controller, ControllerConfig, parameter_count
@@ -119,7 +118,7 @@ class Agent:
 
 @dataclass(frozen=True)
 class AgentPlayer:
-    """An agent's folder at the real game, for the worker processes.
+    """An agent's folder at real games, for the worker processes.
 
     Args:
         weights: another controller's weights [n] in place of the agent's.
@@ -130,13 +129,13 @@ class AgentPlayer:
     weights: Tensor | None = None
     noise: float = 0.0
 
-    def __call__(self, game: gym.Env) -> tuple[VectorEnv, Policy]:
+    def __call__(self, games: VectorEnv) -> tuple[VectorEnv, Policy]:
         agent = Agent.load(self.folder)
         features = agent.config.controller.features
-        envs = LatentEnv(as_vector(game), agent.vision, agent.memory, features)
+        envs = LatentEnv(games, agent.vision, agent.memory, features)
         policy = agent.controller(None if self.weights is None else self.weights[None])
         if self.noise:
-            policy = NoisyPolicy(policy, self.noise, game.action_space)
+            policy = NoisyPolicy(policy, self.noise, games.single_action_space)
         return envs, policy
 
 

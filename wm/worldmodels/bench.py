@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import Callback
 
 from wm.collect import collect, record
 from wm.data import Frames, Latents, frames_data, sequences_data
-from wm.envs import EnvConfig, action_space, validation_seeds
+from wm.envs import EnvConfig, action_space, as_vector, make_env, validation_seeds
 from wm.episodes import Episode, EpisodeStore, write_shard
 from wm.files import write_atomically
 from wm.stages import Stage
@@ -313,7 +313,7 @@ def bare(module: L.LightningModule, loss: Callable, precision: str, clip: float 
 def training(run: Any, scratch: Path) -> Iterator[Comparison]:
     """V and M of take-cover on real episodes."""
     env, folder = EnvConfig("takecover"), scratch / "episodes"
-    episodes = record(env, RandomPlayer("brownian"), validation_seeds(12))
+    episodes = record(as_vector(make_env(env)), RandomPlayer("brownian"), validation_seeds(12))
     write_shard(folder / "shard-0", episodes)
     store = EpisodeStore([folder])
     yield from vision_rows(store, episodes, run, scratch)

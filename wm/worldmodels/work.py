@@ -25,6 +25,8 @@ from wm.envs import (
     VALIDATION_SEEDS,
     EnvConfig,
     action_space,
+    as_vector,
+    make_env,
     training_seeds,
     validation_seeds,
 )
@@ -343,7 +345,7 @@ def evaluate_agent(
         outcomes = play_held_out(env, player, evaluation.episodes, workers, "agent")
     facts = _keep_score(outcomes, folder, run, "eval")
     middle = sorted(outcomes, key=lambda outcome: outcome.episode_return)[len(outcomes) // 2]
-    (episode,) = record(env, player, [middle.seed])
+    (episode,) = record(as_vector(make_env(env)), player, [middle.seed])
     draw_life(Agent.load(player.folder), episode, folder, run)
     return facts
 
