@@ -61,6 +61,7 @@ def test_config_prints_what_would_be_run_as_yaml(wm, tmp_path):
         ("env=takecovr", "takecover"),
         ("seed=-1", "0"),
         ("seed", "key=value"),
+        ("collect.simulator=envpool", "env=carracing"),
     ],
 )
 def test_a_word_that_cannot_be_meant_exits_2_with_one_line(command, word, says, wm, own_folder):
@@ -86,3 +87,9 @@ def test_evaluating_a_run_that_is_not_there_says_so(wm, runs):
     code, _, err = wm("evaluate", "run=0123abc", "env=tiny", f"runs={runs}")
     assert code == 2
     assert err.startswith("wm: ") and "0123abc" in err and len(err.splitlines()) == 1
+
+
+def test_parity_is_refused_for_other_games(wm):
+    code, _, err = wm("parity", "env=takecover")
+    assert code == 2
+    assert err.startswith("wm: ") and "env=carracing" in err and len(err.splitlines()) == 1

@@ -16,6 +16,7 @@ USAGE = """usage: wm COMMAND [env=GAME] [scale=SCALE] [key=value ...]
   baseline     score the random policy on held-out seeds
   evaluate     score the agent on held-out seeds; run=ID scores any MLflow run or agent folder
   report       write the HTML page
+  parity       compare EnvPool with the official CarRacing; run=ID adds an agent's scores
   config       print the resolved configuration
   bench        time the parts beside what they are measured against (under 10 minutes)
 
@@ -40,12 +41,23 @@ def stage(name: str) -> Callable[[Sequence[str]], None]:
 def evaluate(words: Sequence[str]) -> None:
     from wm.worldmodels import pipeline
 
-    chosen = [word.removeprefix("run=") for word in words if word.startswith("run=")]
-    others = [word for word in words if not word.startswith("run=")]
+    chosen, others = split_run(words)
     if chosen:
-        pipeline.evaluate_run(chosen[-1], others)
+        pipeline.evaluate_run(chosen, others)
     else:
         pipeline.run_only("evaluate", others)
+
+
+def parity(words: Sequence[str]) -> None:
+    from wm.worldmodels import pipeline
+
+    pipeline.compare_simulators(*split_run(words))
+
+
+def split_run(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The last run=ID, if any, and the other words."""
+    chosen = [word.removeprefix("run=") for word in words if word.startswith("run=")]
+    return chosen[-1] if chosen else None, [word for word in words if not word.startswith("run=")]
 
 
 def config(words: Sequence[str]) -> None:
@@ -74,6 +86,7 @@ COMMANDS = {
     "baseline": stage("baseline"),
     "evaluate": evaluate,
     "report": stage("report"),
+    "parity": parity,
     "config": config,
     "bench": bench,
 }

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from wm import WMError
 from wm.config import bounded
+from wm.envpool import EnvPoolGames
 from wm.envs import FRAME, EnvConfig, as_vector, make_env
 from wm.episodes import Episode, Recorder, write_shard
 from wm.rollout import rollout
@@ -26,6 +27,7 @@ class CollectConfig:
     episodes: int = bounded(200, 2, 100_000)  # in each round
     policy: Literal["brownian", "linear", "uniform"] = "brownian"  # of the first round
     noise: float = bounded(0.1, 0.0)  # on the controller's actions in later rounds
+    simulator: Literal["official", "envpool"] = "official"  # envpool: a fast copy of CarRacing
 
 
 def record(games: VectorEnv, player: Player, seeds: Sequence[int]) -> list[Episode]:
@@ -48,13 +50,22 @@ def shard_folder(folder: Path, seeds: Sequence[int]) -> Path:
     return folder / f"shard-{seeds[0]:010d}"
 
 
-def record_shard(env: EnvConfig, player: Player, folder: Path, seeds: Sequence[int]) -> None:
-    games = as_vector(make_env(env))
+def record_shard(
+    env: EnvConfig, player: Player, simulator: str, folder: Path, seeds: Sequence[int]
+) -> None:
+    """Play a shard: in EnvPool all of its seeds at once, however many cores there are."""
+    fast = simulator == "envpool"
+    games = EnvPoolGames(env, len(seeds)) if fast else as_vector(make_env(env))
     write_shard(shard_folder(folder, seeds), record(games, player, seeds))
 
 
 def collect(
-    env: EnvConfig, player: Player, seeds: Sequence[int], folder: Path, workers: Workers
+    env: EnvConfig,
+    player: Player,
+    seeds: Sequence[int],
+    folder: Path,
+    workers: Workers,
+    simulator: str = "official",
 ) -> None:
     """Fill `folder` with one shard per SHARD_EPISODES seeds; shards that exist are kept.
 
@@ -66,7 +77,7 @@ def collect(
     chunks = [seeds[i : i + SHARD_EPISODES] for i in range(0, len(seeds), SHARD_EPISODES)]
     missing = [chunk for chunk in chunks if not shard_folder(folder, chunk).exists()]
     _check_disk(env, sum(map(len, missing)), folder)
-    task = partial(record_shard, env, player, folder)
+    task = partial(record_shard, env, player, simulator, folder)
     shards = workers.map(task, missing, time_limit(env, SHARD_EPISODES))
     kept = (len(chunks) - len(missing)) * SHARD_EPISODES
     with tqdm(total=len(seeds), initial=kept, desc="collect", unit="episode") as progress:

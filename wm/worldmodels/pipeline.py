@@ -12,18 +12,21 @@ from typing import Any
 
 from wm.collect import CollectConfig
 from wm.config import bounded, load, plain
-from wm.envs import EnvConfig
+from wm.envpool import require_envpool
+from wm.envs import EnvConfig, validation_seeds
 from wm.evaluate import EvaluateConfig
 from wm.files import hashes
 from wm.stages import Stage, run_stage
 from wm.tracking import Tracker, ui_command
 from wm.training import TrainerConfig
+from wm.workers import RandomPlayer, Workers
 from wm.worldmodels import report, work
-from wm.worldmodels.agent import Agent, AgentConfig, find_agent
+from wm.worldmodels.agent import Agent, AgentConfig, AgentPlayer, find_agent
 from wm.worldmodels.controller import ControllerConfig
 from wm.worldmodels.mdnrnn import MemoryConfig
 from wm.worldmodels.vae import VisionConfig
 
+PARITY_SEEDS = 20
 VERSIONS = {  # raised when a stage's code changes what the stage makes
     "collect": 1,
     "vision": 1,
@@ -57,6 +60,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _ = self.agent  # refuses settings that do not go together
+        if self.collect.simulator == "envpool":
+            require_envpool(self.env.name)
 
 
 def stages(config: Config) -> list[Stage]:
@@ -162,6 +167,26 @@ def evaluate_run(run: str, words: Sequence[str]) -> None:
         for stage in graph:
             run_stage(stage, tracker, f"wm evaluate run={run} {' '.join(words)}")
     print_results(config, graph)
+
+
+def compare_simulators(run: str | None, words: Sequence[str]) -> None:
+    """Print how CarRacing in EnvPool differs from the official game, for an agent too if given.
+
+    Raises:
+        WMError: if EnvPool is not installed, or there is no such agent of CarRacing.
+    """
+    from wm.parity import table  # pygame and Box2D, which no other command needs here
+
+    config = load(Config, ["env=carracing", *words])
+    env, players = config.env, {"random walk": RandomPlayer("brownian")}
+    if run:
+        folder = find_agent(run, Path(config.runs))
+        env, players["agent"] = Agent.load(folder).config.env, AgentPlayer(folder)
+    require_envpool(env.name)
+    print(f"{PARITY_SEEDS} validation seeds, each the same track in both", flush=True)
+    with Workers(config.trainer.workers) as workers:
+        for line in table(env, players, validation_seeds(PARITY_SEEDS), workers):
+            print(line, flush=True)
 
 
 def open_tracker(config: Config, graph: Sequence[Stage], run_id: str | None = None) -> Tracker:

@@ -80,8 +80,9 @@ def collect_episodes(
     player = RandomPlayer(collection.policy)
     if "controller" in inputs:
         player = AgentPlayer(inputs["controller"] / "agent", noise=collection.noise)
+    seeds = training_seeds(seed, round, collection.episodes)
     with Workers(trainer.workers) as workers, run.busy():
-        collect(env, player, training_seeds(seed, round, collection.episodes), folder, workers)
+        collect(env, player, seeds, folder, workers, collection.simulator)
     return {f"collect/{name}": value for name, value in EpisodeStore([folder]).summary().items()}
 
 
