@@ -9,6 +9,7 @@ from gymnasium.utils.env_checker import check_env
 import wm  # noqa: F401 (registers the dreams)
 from wm.rollout import UniformPolicy, rollout
 from wm.worldmodels.dream import NOISE_STEPS
+from wm.worldmodels.engine import dream_step
 
 GAMES = pytest.mark.parametrize(
     ("game", "name"), [("takecover", "TakeCover"), ("carracing", "CarRacing")]
@@ -71,6 +72,25 @@ def test_actions_steer_the_dream(make_agent):
     left, right = (dream(agent.dreams(1), [3], torch.full((3, 1), a))[0] for a in (-1.0, 1.0))
     torch.testing.assert_close(left[0], right[0])
     assert not torch.allclose(left[-1], right[-1])
+
+
+def test_noise_on_actions_is_of_its_deviation_and_stays_in_the_space(make_agent):
+    agent = make_agent("carracing", action_noise=0.2)
+    envs = agent.dreams(3000)
+    seen = []
+    envs.advance = lambda *now: seen.append(now[4]) or dream_step(*now)
+    envs.reset(seed=0)
+    envs.step(torch.tensor([[0.5, 0.9, 0.0]]).expand(3000, -1))
+    (actions,) = seen
+    deviation = actions.std(0)
+    assert deviation[0].item() == pytest.approx(0.2, rel=0.1)
+    low, high = (
+        torch.from_numpy(limit)
+        for limit in (envs.single_action_space.low, envs.single_action_space.high)
+    )
+    assert (actions >= low).all()
+    assert (actions <= high).all()
+    assert 0.2 < (actions[:, 1] == 1.0).float().mean() < 0.4  # P(0.9 + 0.2 noise > 1) = 0.31
 
 
 def test_given_starts_are_begun_at(make_agent):

@@ -16,8 +16,8 @@ def situation(make_memory):
         memory = make_memory(LATENT, ACTIONS, **settings)
         layers = 2 if memory.config.cell == "lstm" else 1
         state = tuple(torch.randn(1, dreams, memory.config.hidden) for _ in range(layers))
-        uniform = torch.rand(SEEDS, memory.uniform_size)
-        noise = Noise(uniform, torch.randn(SEEDS, LATENT), torch.rand(SEEDS))
+        uniform, normals = torch.rand(SEEDS, memory.uniform_size), [torch.randn(SEEDS, LATENT)]
+        noise = Noise(uniform, *normals, torch.rand(SEEDS), torch.empty(SEEDS, ACTIONS))
         now = (torch.randn(dreams, LATENT), torch.rand(dreams, ACTIONS), state)
         return memory, now, noise, torch.randint(SEEDS, (dreams,))
 

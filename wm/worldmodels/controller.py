@@ -25,6 +25,7 @@ class ControllerConfig:
     horizon: int = bounded(1000, 1)  # steps after which a dream is cut
     start: Literal["any", "first"] = "any"  # dreams begin anywhere in real episodes, or at starts
     end: Literal["weighted", "calibrated", "threshold", "never"] = "weighted"  # see dream.DreamEnv
+    action_noise: float = bounded(0.0, 0.0)  # deviation on C's actions in the dream, as in the data
     precision: Literal["32-true", "bf16-true"] = "32-true"  # of the dream's matrix products
     part: int = bounded(512, 1)  # dreams that a process steps together; smaller use more cores
 

@@ -70,6 +70,8 @@ class DreamEnv(VectorEnv):
             config.features, memory.latent, memory.config.hidden
         )
         self.single_action_space = action_space(game)
+        space = self.single_action_space
+        self.limits = torch.from_numpy(space.low), torch.from_numpy(space.high)  # [A] each
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
@@ -78,7 +80,7 @@ class DreamEnv(VectorEnv):
         """Begin N dreams from seeds; options={"start": [N]} begins at given starts instead."""
         seeds = self._seeds(seed)
         distinct, index = np.unique(seeds, return_inverse=True)
-        self.noise = _Noise(distinct.tolist(), self.memory)
+        self.noise = _Noise(distinct.tolist(), self.memory, len(self.limits[0]))
         self.index = torch.from_numpy(index)
         start = self.noise.start(len(self.starts.latent))[self.index]
         start = torch.as_tensor((options or {}).get("start", start))
@@ -94,6 +96,8 @@ class DreamEnv(VectorEnv):
         if len(self.active) < self.num_envs:
             actions = actions[self.active]
         noise, mixtures = self.noise.at(self.steps), self.memory.config.mixtures
+        if self.config.action_noise:
+            actions = self._disturb(actions, noise.action[self.index])
         now = (self.latent, actions, self.state)
         self.latent, self.state, reward, end_logit, uniform = self.advance(
             self.weights, mixtures, self.temperature, *now, noise, self.index
@@ -112,6 +116,10 @@ class DreamEnv(VectorEnv):
     def render(self) -> list[np.ndarray]:
         """What V sees in the current latents: N frames [64,64,3] uint8."""
         return list(to_frames(self.vision.decode(self._among_all(self.latent))))
+
+    def _disturb(self, actions: Tensor, noise: Tensor) -> Tensor:
+        """Actions as in the collected data, where a controller's are noisy too."""
+        return (actions + self.config.action_noise * noise).clamp(*self.limits)
 
     def _ends(self, end_logit: Tensor, uniform: Tensor) -> Tensor:
         if self.memory.end_head is None or self.config.end == "never":
@@ -151,9 +159,9 @@ class DreamEnv(VectorEnv):
 class _Noise:
     """The random numbers of some dreams: a generator for each seed, drawn from some steps ahead."""
 
-    def __init__(self, seeds: list[int], memory: MDNRNN):
+    def __init__(self, seeds: list[int], memory: MDNRNN, actions: int):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.uniforms, self.normals = memory.uniform_size + 1, memory.latent
+        self.uniforms, self.normals, self.actions = memory.uniform_size + 1, memory.latent, actions
         self.first = torch.cat([torch.rand(1, generator=g) for g in self.generators])
 
     def start(self, count: int) -> Tensor:
@@ -164,8 +172,10 @@ class _Noise:
         if step % NOISE_STEPS == 0:
             self.uniform = self._draw(torch.rand, self.uniforms)
             self.normal = self._draw(torch.randn, self.normals)
-        uniform = self.uniform[step % NOISE_STEPS]
-        return Noise(uniform[:, 1:], self.normal[step % NOISE_STEPS], uniform[:, 0])
+            self.action = self._draw(torch.randn, self.actions)
+        row = step % NOISE_STEPS
+        uniform = self.uniform[row]
+        return Noise(uniform[:, 1:], self.normal[row], uniform[:, 0], self.action[row])
 
     def _draw(self, draw: Callable[..., Tensor], size: int) -> Tensor:
         return torch.stack([draw(NOISE_STEPS, size, generator=g) for g in self.generators], dim=1)

@@ -34,6 +34,7 @@ class Noise(NamedTuple):
     uniform: Tensor  # [E,1] or [E,Z]: picks mixture components
     normal: Tensor  # [E,Z]
     end: Tensor  # [E]
+    action: Tensor  # [E,A], standard normal
 
 
 def join_weights(memory: MDNRNN, dtype: torch.dtype) -> Weights:
