@@ -31,7 +31,7 @@ VERSIONS = {  # raised when a stage's code changes what the stage makes
     "collect": 1,
     "vision": 1,
     "memory": 1,
-    "controller": 1,
+    "controller": 2,
     "baseline": 2,
     "agent": 1,
     "evaluate": 2,
