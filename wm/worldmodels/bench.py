@@ -5,6 +5,7 @@ counts is the median of their ratios and its spread, not one absolute time.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -47,7 +48,7 @@ from wm.worldmodels.work import ENCODE_BATCH, encode_store
 PAIRS = 3
 POPULATION, EPISODES, HORIZON = 64, 16, 200
 SIZES = {"carracing": (32, 256, "zh"), "takecover": (64, 512, "zhc")}  # the paper's Z, H, features
-SETTLING, TIMED = 10, 40  # training steps before the clock starts, and while it runs
+SETTLING, TIMED = 10, 25  # training steps before the clock starts, and while it runs
 FAST = {game: EnvConfig(game, max_steps=300) for game in SIZES}
 OFFICIAL = {game: replace(env, fast_drawing=False) for game, env in FAST.items()}
 
@@ -221,14 +222,14 @@ def played(workers: Workers, env: EnvConfig, player: Any, episodes: int = 8) -> 
     return measure
 
 
-def collected(workers: Workers, env: EnvConfig, scratch: Path) -> Rate:
+def collected(workers: Workers, env: EnvConfig, scratch: Path, simulator: str = "official") -> Rate:
     """Steps a second of `wm collect`: played and written to disk."""
 
     def measure() -> float:
         with tempfile.TemporaryDirectory(dir=scratch) as folder, quiet():
             path, player = Path(folder), RandomPlayer("brownian")
             started = time.perf_counter()
-            collect(env, player, validation_seeds(8), path, workers)
+            collect(env, player, validation_seeds(8), path, workers, simulator)
             seconds = time.perf_counter() - started
             return int(EpisodeStore([path]).steps.sum()) / seconds
 
@@ -260,6 +261,9 @@ def games(workers: Workers, alone: Workers, scratch: Path) -> Iterator[Compariso
     theirs = partial(plain.play_async, OFFICIAL[car], workers.count, 600)
     ours = collected(workers, FAST[car], scratch)
     yield compare("collect, carracing", "AsyncVectorEnv", "step", ours, theirs)
+    if importlib.util.find_spec("envpool"):
+        ours = collected(workers, FAST[car], scratch, "envpool")
+        yield compare("collect, carracing, EnvPool", "AsyncVectorEnv", "step", ours, theirs, 5)
 
 
 # Training
