@@ -78,7 +78,7 @@ def test_noise_on_actions_is_of_its_deviation_and_stays_in_the_space(make_agent)
     agent = make_agent("carracing", action_noise=0.2)
     envs = agent.dreams(3000)
     seen = []
-    envs.advance = lambda *now: seen.append(now[4]) or dream_step(*now)
+    envs.advance = lambda *now: seen.append(now[5]) or dream_step(*now)
     envs.reset(seed=0)
     envs.step(torch.tensor([[0.5, 0.9, 0.0]]).expand(3000, -1))
     (actions,) = seen

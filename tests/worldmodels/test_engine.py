@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from wm.worldmodels.engine import Noise, dream_step, fused_step, join_weights
+from wm.worldmodels.latent import FEATURES
 from wm.worldmodels.mdnrnn import sample_mixture
 
 DREAMS, SEEDS, LATENT, ACTIONS = 12, 3, 4, 2
@@ -17,7 +18,7 @@ def situation(make_memory):
         layers = 2 if memory.config.cell == "lstm" else 1
         state = tuple(torch.randn(1, dreams, memory.config.hidden) for _ in range(layers))
         uniform, normals = torch.rand(SEEDS, memory.uniform_size), [torch.randn(SEEDS, LATENT)]
-        noise = Noise(uniform, *normals, torch.rand(SEEDS), torch.empty(SEEDS, ACTIONS))
+        noise = Noise(uniform, *normals, torch.randn(SEEDS) / 10, torch.empty(SEEDS, ACTIONS))
         now = (torch.randn(dreams, LATENT), torch.rand(dreams, ACTIONS), state)
         return memory, now, noise, torch.randint(SEEDS, (dreams,))
 
@@ -30,7 +31,8 @@ def plainly(memory, temperature, now, noise, index):
     hidden, state = memory.advance(latent[:, None], action[:, None], state)
     prediction = memory.predict(hidden[:, 0])
     latent = sample_mixture(*prediction[:3], temperature, noise.uniform[index], noise.normal[index])
-    return latent, state, prediction.reward, prediction.end_logit
+    terminated = prediction.end_logit > noise.bar[index]
+    return latent, state, FEATURES["zh"](latent, state), prediction.reward, terminated
 
 
 @CELLS
@@ -41,26 +43,26 @@ def test_the_joined_step_is_ms_own_step(situation, cell, mixture, temperature):
     memory, *now = situation(cell=cell, mixture=mixture)
     weights = join_weights(memory, torch.float32)
     moment, *noise = now
-    *ours, end = dream_step(weights, 3, torch.tensor(temperature), *moment, *noise)
-    torch.testing.assert_close(tuple(ours), plainly(memory, temperature, *now))
-    torch.testing.assert_close(end, now[1].end[now[2]])
+    ours = dream_step(weights, 3, FEATURES["zh"], torch.tensor(temperature), *moment, *noise)
+    torch.testing.assert_close(ours, plainly(memory, temperature, *now))
+    assert 0 < ours[-1].sum() < DREAMS  # some end
 
 
 @CELLS
 @torch.inference_mode()
-def test_a_head_that_is_not_there_says_nothing(situation, cell):
+def test_without_heads_a_step_pays_one_and_ends_nothing(situation, cell):
     memory, now, *noise = situation(cell=cell, reward_head=False, end_head=False)
     weights = join_weights(memory, torch.float32)
-    _, _, reward, end_logit, _ = dream_step(weights, 3, torch.tensor(1.0), *now, *noise)
-    assert not reward.any()
-    assert not end_logit.any()
+    *_, reward, terminated = dream_step(weights, 3, FEATURES["z"], torch.tensor(1.0), *now, *noise)
+    assert (reward == 1).all()
+    assert not terminated.any()
 
 
 @torch.inference_mode()
 def test_products_in_bfloat16_err_by_its_rounding(situation):
     memory, now, *noise = situation(hidden=64)
     exact, rounded = (
-        dream_step(join_weights(memory, dtype), 3, torch.tensor(1.0), *now, *noise)
+        dream_step(join_weights(memory, dtype), 3, FEATURES["z"], torch.tensor(1.0), *now, *noise)
         for dtype in (torch.float32, torch.bfloat16)
     )
     for layer, same in zip(exact[1], rounded[1], strict=True):
@@ -72,5 +74,6 @@ def test_products_in_bfloat16_err_by_its_rounding(situation):
 def test_the_compiled_step_is_the_plain_one_for_any_number_of_dreams(situation):
     for dreams in (DREAMS, 7, 2):
         memory, now, *noise = situation(dreams)
-        arguments = (join_weights(memory, torch.float32), 3, torch.tensor(1.15), *now, *noise)
+        weights = join_weights(memory, torch.float32)
+        arguments = (weights, 3, FEATURES["zh"], torch.tensor(1.15), *now, *noise)
         torch.testing.assert_close(fused_step()(*arguments), dream_step(*arguments))

@@ -4,6 +4,7 @@ Ha & Schmidhuber 2018, section 4.2. N dreams, S starts, Z latent, H hidden. Obse
 and flags are torch tensors; `SingleDream` is one dream as a plain Gymnasium environment.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,11 +19,10 @@ from wm.envs import STEPS_PER_SECOND, action_space
 from wm.worldmodels.controller import ControllerConfig
 from wm.worldmodels.engine import PRECISIONS, Noise, dream_step, fused_step, join_weights
 from wm.worldmodels.latent import FEATURES, feature_space
-from wm.worldmodels.mdnrnn import MDNRNN, end_probability
+from wm.worldmodels.mdnrnn import MDNRNN
 from wm.worldmodels.starts import Starts
 from wm.worldmodels.vae import ConvVAE, to_frames
 
-SURVIVAL_REWARD = 1.0  # a step's reward where M has no reward head (take-cover counts tics)
 KEPT_SHARE = 7 / 8  # of dreams that go on; below it, those that have ended are left out
 NOISE_STEPS = 64  # drawn at a time
 
@@ -80,7 +80,8 @@ class DreamEnv(VectorEnv):
         """Begin N dreams from seeds; options={"start": [N]} begins at given starts instead."""
         seeds = self._seeds(seed)
         distinct, index = np.unique(seeds, return_inverse=True)
-        self.noise = _Noise(distinct.tolist(), self.memory, len(self.limits[0]))
+        sizes = self.memory.uniform_size, self.memory.latent, len(self.limits[0])
+        self.noise = _Noise(distinct.tolist(), *sizes, self._bar)
         self.index = torch.from_numpy(index)
         start = self.noise.start(len(self.starts.latent))[self.index]
         start = torch.as_tensor((options or {}).get("start", start))
@@ -99,18 +100,14 @@ class DreamEnv(VectorEnv):
         if self.config.action_noise:
             actions = self._disturb(actions, noise.action[self.index])
         now = (self.latent, actions, self.state)
-        self.latent, self.state, reward, end_logit, uniform = self.advance(
-            self.weights, mixtures, self.temperature, *now, noise, self.index
+        self.latent, self.state, *outcome = self.advance(
+            self.weights, mixtures, self.features, self.temperature, *now, noise, self.index
         )
         self.steps += 1
-        if self.memory.reward_head is None:
-            reward = torch.full_like(reward, SURVIVAL_REWARD)
-        terminated = self._ends(end_logit, uniform)
         truncated = torch.full((self.num_envs,), self.steps >= self.config.horizon)
-        observation = self.features(self.latent, self.state)
-        outcome = [self._among_all(part) for part in (observation, reward, terminated)]
-        self._leave_out(terminated)
-        return *outcome, truncated, {}
+        observation, reward, terminated = map(self._among_all, outcome)
+        self._leave_out(outcome[-1])
+        return observation, reward, terminated, truncated, {}
 
     @torch.inference_mode()
     def render(self) -> list[np.ndarray]:
@@ -121,14 +118,15 @@ class DreamEnv(VectorEnv):
         """Actions as in the collected data, where a controller's are noisy too."""
         return (actions + self.config.action_noise * noise).clamp(*self.limits)
 
-    def _ends(self, end_logit: Tensor, uniform: Tensor) -> Tensor:
-        if self.memory.end_head is None or self.config.end == "never":
-            return torch.zeros_like(end_logit, dtype=torch.bool)
+    def _bar(self, uniform: Tensor) -> Tensor:
+        """What an end logit must exceed: u < sigmoid(logit) means logit > log(u / (1 - u))."""
+        if self.config.end == "never":
+            return torch.full_like(uniform, torch.inf)
         if self.config.end == "threshold":
-            return end_logit > 0
+            return torch.zeros_like(uniform)
         calibrated = self.config.end == "calibrated"
         weight = self.memory.config.end_weight if calibrated else 1.0
-        return uniform < end_probability(end_logit, weight)
+        return uniform.logit() + math.log(weight)
 
     def _among_all(self, values: Tensor) -> Tensor:
         """Values of the dreams that are computed at their places among all, zeros elsewhere."""
@@ -157,11 +155,23 @@ class DreamEnv(VectorEnv):
 
 
 class _Noise:
-    """The random numbers of some dreams: a generator for each seed, drawn from some steps ahead."""
+    """The random numbers of some dreams: a generator for each seed, drawn from some steps ahead.
 
-    def __init__(self, seeds: list[int], memory: MDNRNN, actions: int):
+    Args:
+        uniforms, normals, actions: how many numbers a step takes.
+        bar: makes a bar for the end of a uniform number.
+    """
+
+    def __init__(
+        self,
+        seeds: list[int],
+        uniforms: int,
+        normals: int,
+        actions: int,
+        bar: Callable[[Tensor], Tensor],
+    ):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.uniforms, self.normals, self.actions = memory.uniform_size + 1, memory.latent, actions
+        self.uniforms, self.normals, self.actions, self.bar = uniforms, normals, actions, bar
         self.first = torch.cat([torch.rand(1, generator=g) for g in self.generators])
 
     def start(self, count: int) -> Tensor:
@@ -170,12 +180,11 @@ class _Noise:
     def at(self, step: int) -> Noise:
         """Of steps in order, beginning with 0."""
         if step % NOISE_STEPS == 0:
-            self.uniform = self._draw(torch.rand, self.uniforms)
-            self.normal = self._draw(torch.randn, self.normals)
-            self.action = self._draw(torch.randn, self.actions)
-        row = step % NOISE_STEPS
-        uniform = self.uniform[row]
-        return Noise(uniform[:, 1:], self.normal[row], uniform[:, 0], self.action[row])
+            bar = self.bar(self._draw(torch.rand, 1)[..., 0])
+            uniform = self._draw(torch.rand, self.uniforms)
+            normal, action = (self._draw(torch.randn, n) for n in (self.normals, self.actions))
+            self.steps = Noise(uniform, normal, bar, action)
+        return Noise(*(numbers[step % NOISE_STEPS] for numbers in self.steps))
 
     def _draw(self, draw: Callable[..., Tensor], size: int) -> Tensor:
         return torch.stack([draw(NOISE_STEPS, size, generator=g) for g in self.generators], dim=1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wm.worldmodels.mdnrnn import MDNRNN, State, sample_mixture, unpack_mixture
 
+SURVIVAL_REWARD = 1.0  # a step's reward where M has no reward head (take-cover counts tics)
 PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 
 
@@ -33,7 +34,7 @@ class Noise(NamedTuple):
 
     uniform: Tensor  # [E,1] or [E,Z]: picks mixture components
     normal: Tensor  # [E,Z]
-    end: Tensor  # [E]
+    bar: Tensor  # [E]: a dream ends where M's end logit is above it
     action: Tensor  # [E,A], standard normal
 
 
@@ -47,10 +48,12 @@ def join_weights(memory: MDNRNN, dtype: torch.dtype) -> Weights:
         inputs = F.pad(inputs, (0, 0, 0, H))
         hidden = torch.cat([hidden[: 2 * H], torch.zeros_like(hidden[:H]), hidden[2 * H :]])
         bias = torch.cat([bias[: 2 * H], rnn.bias_ih_l0[2 * H :], rnn.bias_hh_l0[2 * H :]])
-    heads = (memory.mixture_head, memory.reward_head, memory.end_head)
-    absent = torch.zeros(1, memory.config.hidden)
-    matrices = [absent if head is None else head.weight for head in heads]
-    biases = [absent[:, 0] if head is None else head.bias for head in heads]
+    silent = torch.zeros(1, memory.config.hidden)
+    heads = [(memory.mixture_head.weight, memory.mixture_head.bias)]
+    for head, otherwise in ((memory.reward_head, SURVIVAL_REWARD), (memory.end_head, -torch.inf)):
+        absent = silent, torch.tensor([otherwise])
+        heads.append(absent if head is None else (head.weight, head.bias))
+    matrices, biases = zip(*heads, strict=True)
     joined = torch.cat([inputs, hidden], dim=1), bias, torch.cat(matrices), torch.cat(biases)
     gates, gates_bias, head, head_bias = (tensor.detach() for tensor in joined)
     return Weights(gates.to(dtype), gates_bias, head.to(dtype), head_bias)
@@ -59,6 +62,7 @@ def join_weights(memory: MDNRNN, dtype: torch.dtype) -> Weights:
 def dream_step(
     weights: Weights,
     mixtures: int,
+    features: Callable[[Tensor, State], Tensor],
     temperature: Tensor,
     latent: Tensor,
     action: Tensor,
@@ -66,9 +70,10 @@ def dream_step(
     noise: Noise,
     index: Tensor,
 ) -> tuple[Tensor, State, Tensor, Tensor, Tensor]:
-    """The next latent [N,Z], M's next state, reward, end logit and the end's uniform number [N].
+    """The next latent [N,Z], M's next state, the features [N,F], reward and terminated [N].
 
     Args:
+        features: what C sees (see latent.FEATURES).
         temperature: a scalar tensor.
         latent, action, state: [N,Z], [N,A] and layers [1,N,H].
         noise, index: see Noise.
@@ -80,7 +85,8 @@ def dream_step(
     raw = F.linear(state[0][0].to(dtype), weights.heads) + weights.heads_bias
     mixture = unpack_mixture(raw[:, :-2], mixtures, latent.shape[1])
     latent = sample_mixture(*mixture, temperature, noise.uniform[index], noise.normal[index])
-    return latent, state, raw[:, -2], raw[:, -1], noise.end[index]
+    terminated = raw[:, -1] > noise.bar[index]
+    return latent, state, features(latent, state), raw[:, -2], terminated
 
 
 def lstm(gates: Tensor, state: State) -> State:

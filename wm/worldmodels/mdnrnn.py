@@ -97,11 +97,6 @@ def sample_mixture(
     return chosen_mean + temperature**0.5 * chosen_sigma.exp() * normal
 
 
-def end_probability(end_logit: Tensor, end_weight: float) -> Tensor:
-    """P(episode ends), where weighting positives by w in the loss multiplied the odds by w."""
-    return torch.sigmoid(end_logit - math.log(end_weight))
-
-
 class MDNRNN(L.LightningModule):
     """M. One recurrent layer serves training and dreaming: a dream's step is T = 1."""
 
