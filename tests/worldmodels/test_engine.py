@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -77,3 +81,25 @@ def test_the_compiled_step_is_the_plain_one_for_any_number_of_dreams(situation):
         weights = join_weights(memory, torch.float32)
         arguments = (weights, 3, FEATURES["zh"], torch.tensor(1.15), *now, *noise)
         torch.testing.assert_close(fused_step()(*arguments), dream_step(*arguments))
+
+
+def test_without_a_compiler_dreams_are_slower_and_the_same(tmp_path):
+    script = """
+import torch
+from wm.worldmodels.engine import Noise, dream_step, fused_step, join_weights
+from wm.worldmodels.latent import FEATURES
+from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
+
+memory = MDNRNN(MemoryConfig(hidden=6, mixtures=2), 4, 1)
+noise = Noise(torch.rand(1, 4), torch.randn(1, 4), torch.zeros(1), torch.zeros(1, 1))
+now = torch.randn(3, 4), torch.randn(3, 1), memory.zero_state(3)
+weights = join_weights(memory, torch.float32)
+arguments = weights, 2, FEATURES["z"], torch.tensor(1.0), *now, noise, torch.zeros(3).long()
+for _ in range(2):
+    torch.testing.assert_close(fused_step()(*arguments), dream_step(*arguments))
+"""
+    nowhere = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **nowhere})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("dreams are not compiled, which is slower") == 1

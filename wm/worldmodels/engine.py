@@ -120,9 +120,8 @@ def fused_step() -> Callable[..., Any]:
                 return fused(*arguments)
             except torch._dynamo.exc.BackendCompilerFailed as failure:
                 broken.append(failure)
-                warnings.warn(
-                    f"dreams are not compiled, which makes them slower: {failure}", stacklevel=2
-                )
+                why = str(failure).splitlines()[0]
+                warnings.warn(f"dreams are not compiled, which is slower: {why}", stacklevel=2)
         return dream_step(*arguments)
 
     return step
