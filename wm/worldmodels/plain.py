@@ -19,7 +19,7 @@ from wm.worldmodels.latent import FEATURES
 from wm.worldmodels.vae import ConvVAE
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def dream_alone(agent: Agent, steps: int) -> float:
     """The return of one dream of so many steps, sampled with torch.distributions."""
     memory, policy = agent.memory, agent.controller()
