@@ -1,6 +1,9 @@
 """Training: exact after an interruption, never poisoned by a NaN, safe on a full disk."""
 
 import os
+import platform
+import subprocess
+import sys
 
 import lightning as L
 import pytest
@@ -221,3 +224,29 @@ def test_noise_depends_on_seed_and_step_alone():
     torch.rand(5)
     assert draw(1, 2) == draw(1, 2)
     assert len({tuple(draw(seed, step)) for seed in range(4) for step in range(50)}) == 200
+
+
+FAULTS = """
+import resource, torch
+from wm.training import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for turn in range(10):
+        tensors = [torch.ones(2**22) for _ in range(8)]  # of 16 MB
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+lost = faults()
+keep_freed_memory()
+faults()
+print(lost, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_freed_memory_is_used_again_without_asking_the_system():
+    environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+    output = subprocess.check_output([sys.executable, "-c", FAULTS], env=environment)
+    lost, kept = map(int, output.split())
+    assert kept < lost / 10

@@ -4,6 +4,8 @@ A run of N steps is cut into epochs of `epoch_steps`. Batches and noise depend o
 and checkpoints are written between epochs, so a run that was killed ends as if it had not been.
 """
 
+import contextlib
+import ctypes
 import logging
 import os
 import warnings
@@ -24,6 +26,7 @@ from wm.files import sha256, write_atomically
 from wm.stages import CHECKPOINTS
 
 KEPT_CHECKPOINTS = 2
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 HARMLESS = (  # advice of Lightning that does not fit: batches are made whole, folders are resumed
     "does not have many workers",
     "exists and is not empty",
@@ -92,6 +95,7 @@ def fit(
     Raises:
         WMError: when a loss or gradient is not finite; the last checkpoint is.
     """
+    keep_freed_memory()
     epochs = -(-data.steps // data.epoch_steps)
     checkpoint = ModelCheckpoint(
         folder / CHECKPOINTS,
@@ -132,6 +136,18 @@ def fit(
             raise
     if trainer.interrupted or trainer.global_step < data.steps:
         raise KeyboardInterrupt
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse the memory of large tensors, where it is the C library.
+
+    By default it returns them to the system after every step, which zeroes their pages for the
+    next one: a tenth of the time of V's step on a CPU.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest that glibc takes
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
