@@ -2,6 +2,7 @@ import math
 from copy import deepcopy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
@@ -119,6 +120,16 @@ def test_a_frame_is_encoded_alike_alone_and_in_a_batch(vision):
     for batch, single in zip(whole, alone, strict=True):
         assert batch.shape == (5, 4)
         torch.testing.assert_close(torch.tensor(batch[2:3]), torch.tensor(single))
+
+
+def test_latents_of_half_precision_are_off_by_little(change):
+    frames = random_frames(20).numpy()
+    half, full = (
+        np.stack(encode_frames(change(precision=precision), frames))
+        for precision in ("bf16-mixed", "32-true")
+    )
+    assert np.abs(half - full).max() < 0.02 * np.abs(full).max()
+    assert half.dtype == np.float32 and (half != full).any()
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])

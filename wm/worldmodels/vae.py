@@ -166,6 +166,13 @@ class ConvVAE(L.LightningModule):
 
 @torch.inference_mode()
 def encode_frames(vision: ConvVAE, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Frames uint8 [B,64,64,3] to mean and log-variance, float32 [B,Z] each."""
-    mean, log_variance = vision.encode(to_images(frames).to(vision.device))
+    """Frames uint8 [B,64,64,3] to mean and log-variance, float32 [B,Z] each.
+
+    In the precision that V was trained in: bfloat16 is twice as fast or more, and its error is
+    below the posterior's deviation.
+    """
+    images, device = to_images(frames).to(vision.device), vision.device.type
+    half = vision.config.precision == "bf16-mixed"
+    with torch.autocast(device, torch.bfloat16, enabled=half):
+        mean, log_variance = vision.encode(images)
     return mean.cpu().numpy(), log_variance.cpu().numpy()
