@@ -71,10 +71,10 @@ def bench(words: Sequence[str]) -> None:
     from pathlib import Path
 
     from wm.config import load
-    from wm.worldmodels import bench
+    from wm.worldmodels.bench.run import bench
     from wm.worldmodels.pipeline import Config
 
-    bench.bench(Path(load(Config, words).runs))
+    bench(Path(load(Config, words).runs))
 
 
 COMMANDS = {
