@@ -44,19 +44,21 @@ def save_dreamer(folder: Path, game: str, precision: str = "32-true") -> Agent:
 
 def dream_rate(workers: Workers, folder: Path, agent: Agent, population: int = POPULATION) -> Rate:
     """Dream steps a second of a generation."""
-    fitness = dream_fitness(workers, folder, lambda _: list(range(EPISODES)), 512, compiled=True)
+    part, seeds = agent.config.controller.part, list(range(EPISODES))
+    fitness = dream_fitness(workers, folder, lambda _: seeds, part, compiled=True)
     candidates = 0.1 * torch.randn(population, agent.parameters)
     fitness(candidates, 0)  # compiles
     steps = population * EPISODES * agent.config.controller.horizon
     return lambda: timed(steps, lambda: fitness(candidates, 0))
 
 
-def multiply(folder: Path, dreams: int, steps: int, part: int) -> None:
-    """The two matrix products of so many dream steps, and nothing else."""
+def multiply(folder: Path, steps: int, core: int) -> None:
+    """The two matrix products of so many steps of a part's dreams, and nothing else."""
     agent = Agent.load(folder)
-    weights = join_weights(agent.memory, PRECISIONS[agent.config.controller.precision])
+    config = agent.config.controller
+    weights = join_weights(agent.memory, PRECISIONS[config.precision])
     inputs, hidden = (
-        torch.randn(dreams, matrix.shape[1], dtype=matrix.dtype)
+        torch.randn(config.part, matrix.shape[1], dtype=matrix.dtype)
         for matrix in (weights.gates, weights.heads)
     )
     with torch.inference_mode():
@@ -65,14 +67,15 @@ def multiply(folder: Path, dreams: int, steps: int, part: int) -> None:
             F.linear(hidden, weights.heads)
 
 
-def products_rate(workers: Workers, folder: Path) -> Rate:
+def products_rate(workers: Workers, folder: Path, agent: Agent) -> Rate:
     """Dream steps a second if the two matrix products were all; loading the agent is not timed."""
 
     def seconds(steps: int) -> float:
-        task = partial(multiply, folder, 512, steps)
+        task = partial(multiply, folder, steps)
         return 1 / timed(1, lambda: list(workers.map(task, range(workers.count), 600.0)))
 
-    return lambda: workers.count * 512 * 1000 / (seconds(1010) - seconds(10))
+    dreams = workers.count * agent.config.controller.part
+    return lambda: dreams * 1000 / (seconds(1010) - seconds(10))
 
 
 def alone_rate(agent: Agent, steps: int) -> float:
@@ -91,7 +94,7 @@ def dreams(workers: Workers, scratch: Path) -> Iterator[Comparison]:
             folder = scratch / f"{game}-{precision}"
             agent = save_dreamer(folder, game, precision)
             ours, name = dream_rate(workers, folder, agent), f"dream, {game}, {precision}"
-            products = products_rate(workers, folder)
+            products = products_rate(workers, folder, agent)
             yield compare(name, "its two matrix products alone", "step", ours, products, target)
             if precision == "32-true":
                 theirs = partial(alone_rate, agent, 300)
