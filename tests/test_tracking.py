@@ -66,6 +66,15 @@ def test_metrics_are_on_the_child_and_in_the_local_record(runs, parent, stage):
     assert tracker.client.get_run(tracker.run_id).data.metrics == {}
 
 
+def test_what_is_no_stage_has_a_child_run_too(runs, parent, tmp_path):
+    with Tracker(runs, CONFIG, parent) as tracker, tracker.child("bench", "now", tmp_path) as run:
+        run.log_metrics({"ratio": 2.0})
+    child = tracker.client.get_run(run.run_id)
+    assert (child.info.run_name, child.data.metrics) == ("bench", {"ratio": 2.0})
+    assert child.data.tags["mlflow.parentRunId"] == tracker.run_id
+    assert read_metrics(tmp_path) == {"ratio": {0: 2.0}}
+
+
 def test_the_summary_is_on_the_parent(runs, parent):
     with Tracker(runs, CONFIG, parent) as tracker:
         tracker.summarise({"eval/mean": 12.5, "eval/ci_low": 11.0}, "made-up-agent-run")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def read_metrics(folder: Path) -> dict[str, dict[int, float]]:
 
 
 class StageRun:
-    """The child run of a stage: metrics go to MLflow and to the local record, files to MLflow."""
+    """A child run: metrics go to MLflow and to the local record, files to MLflow."""
 
     def __init__(self, client: MlflowClient, logger: MLFlowLogger, folder: Path):
         self.client, self.run_id, self.busy_seconds = client, logger.run_id, 0.0
@@ -167,13 +167,21 @@ class Tracker:
             self.client.log_batch(run_id, params=params[first : first + PARAMS_PER_CALL])
         return run_id
 
+    def stage(self, stage: Stage) -> AbstractContextManager[StageRun]:
+        """The child run of a stage."""
+        return self.child(stage.label, stage.fingerprint, stage.folder)
+
     @contextmanager
-    def stage(self, stage: Stage) -> Iterator[StageRun]:
-        """The child run of a stage; it ends FINISHED, FAILED, or KILLED when interrupted."""
-        tags = {MLFLOW_PARENT_RUN_ID: self.run_id, FINGERPRINT_TAG: stage.fingerprint}
-        run_id = self._run(stage.label, tags)
+    def child(self, name: str, fingerprint: str, folder: Path) -> Iterator[StageRun]:
+        """A run below the parent; it ends FINISHED, FAILED, or KILLED when interrupted.
+
+        fingerprint: with the same one, the same child goes on.
+        folder: of its local record.
+        """
+        tags = {MLFLOW_PARENT_RUN_ID: self.run_id, FINGERPRINT_TAG: fingerprint}
+        run_id = self._run(name, tags)
         with self._ending(run_id):
-            yield StageRun(self.client, self._logger(run_id), stage.folder)
+            yield StageRun(self.client, self._logger(run_id), folder)
 
     def _logger(self, run_id: str) -> MLFlowLogger:
         """Lightning's logger, without the address that it leaves in the environment."""
@@ -205,12 +213,14 @@ class Tracker:
     def __exit__(self, *failure: Any) -> None:
         self._end.__exit__(*failure)
 
-    def summarise(self, metrics: Mapping[str, float], agent_run: str) -> None:
+    def summarise(self, metrics: Mapping[str, float], agent_run: str | None = None) -> None:
         """Put metrics on the parent run, so that the table of runs ranks agents.
 
-        agent_run: the run that holds the agent; another pipeline's, where the stage is shared.
+        agent_run: the run that holds the agent, if there is one; another pipeline's, where the
+            stage is shared.
         """
-        self.client.set_tag(self.run_id, AGENT_TAG, agent_run)
+        if agent_run:
+            self.client.set_tag(self.run_id, AGENT_TAG, agent_run)
         for key, value in metrics.items():
             self.client.log_metric(self.run_id, key, value)
 
