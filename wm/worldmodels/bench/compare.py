@@ -49,11 +49,16 @@ def compare(
     return result
 
 
-def timed(units: float, work: Callable[[], Any]) -> float:
-    """The rate of work that does so many units."""
+def seconds(work: Callable[[], Any]) -> float:
+    """How long work takes."""
     started = time.perf_counter()
     work()
-    return units / (time.perf_counter() - started)
+    return time.perf_counter() - started
+
+
+def timed(units: float, work: Callable[[], Any]) -> float:
+    """The rate of work that does so many units."""
+    return units / seconds(work)
 
 
 @contextlib.contextmanager

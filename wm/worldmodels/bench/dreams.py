@@ -12,7 +12,7 @@ from wm.envs import EnvConfig, action_space
 from wm.workers import Workers
 from wm.worldmodels.agent import Agent, AgentConfig
 from wm.worldmodels.bench import plain
-from wm.worldmodels.bench.compare import Comparison, Rate, compare, timed
+from wm.worldmodels.bench.compare import Comparison, Rate, compare, seconds, timed
 from wm.worldmodels.controller import ControllerConfig
 from wm.worldmodels.engine import PRECISIONS, join_weights
 from wm.worldmodels.evolution import dream_fitness
@@ -70,12 +70,12 @@ def multiply(folder: Path, steps: int, core: int) -> None:
 def products_rate(workers: Workers, folder: Path, agent: Agent) -> Rate:
     """Dream steps a second if the two matrix products were all; loading the agent is not timed."""
 
-    def seconds(steps: int) -> float:
+    def multiplied(steps: int) -> float:
         task = partial(multiply, folder, steps)
-        return 1 / timed(1, lambda: list(workers.map(task, range(workers.count), 600.0)))
+        return seconds(lambda: list(workers.map(task, range(workers.count), 600.0)))
 
     dreams = workers.count * agent.config.controller.part
-    return lambda: dreams * 1000 / (seconds(1010) - seconds(10))
+    return lambda: dreams * 1000 / (multiplied(1010) - multiplied(10))
 
 
 def alone_rate(agent: Agent, steps: int) -> float:
@@ -99,14 +99,3 @@ def dreams(workers: Workers, scratch: Path) -> Iterator[Comparison]:
             if precision == "32-true":
                 theirs = partial(alone_rate, agent, 300)
                 yield compare(name, "one dream at a time", "step", ours, theirs, 40)
-
-
-def growth(workers: Workers, scratch: Path) -> dict[str, float]:
-    """Seconds of a generation for some sizes: linear in population x episodes x horizon."""
-    agent, folder = save_dreamer(scratch / "growth", "carracing"), scratch / "growth"
-    seconds = {}
-    for population in (64, 128, 256):
-        steps = population * EPISODES * HORIZON
-        rate = dream_rate(workers, folder, agent, population)()
-        seconds[f"{population} x {EPISODES} x {HORIZON}"] = round(steps / rate, 2)
-    return seconds

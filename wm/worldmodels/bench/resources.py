@@ -10,7 +10,7 @@ import numpy as np
 from wm.data import Frames
 from wm.episodes import Episode, EpisodeStore, write_shard
 from wm.workers import Workers
-from wm.worldmodels.bench.compare import timed
+from wm.worldmodels.bench.compare import seconds
 
 
 def memory_of_episodes(scratch: Path) -> dict[str, dict[str, int]]:
@@ -58,4 +58,4 @@ def draw_batches(folder: Path) -> dict[str, int]:
 def timed_start() -> float:
     """Seconds until a command of `wm` begins its work."""
     command = [sys.executable, "-c", "import wm.worldmodels.pipeline"]
-    return round(1 / timed(1, lambda: subprocess.run(command, check=True)), 1)
+    return round(seconds(lambda: subprocess.run(command, check=True)), 1)

@@ -13,8 +13,9 @@ from wm.files import write_atomically
 from wm.tracking import Tracker
 from wm.workers import Workers
 from wm.worldmodels.bench.compare import PAIRS, Comparison
-from wm.worldmodels.bench.dreams import dreams, growth
+from wm.worldmodels.bench.dreams import dreams
 from wm.worldmodels.bench.games import games
+from wm.worldmodels.bench.growth import growth
 from wm.worldmodels.bench.resources import memory_of_episodes, timed_start
 from wm.worldmodels.bench.training import Loggers, training
 
@@ -46,7 +47,7 @@ def measure(loggers: Loggers, scratch: Path) -> tuple[list[Comparison], dict[str
         results = [*dreams(workers, scratch), *games(workers, alone, scratch)]
         results += training(loggers, scratch)
         tables = {
-            "dream seconds": growth(workers, scratch),
+            **growth(workers, alone, scratch),
             "memory of episodes": memory_of_episodes(scratch),
             "seconds to start": timed_start(),
         }

@@ -59,6 +59,7 @@ def bare(
     loss: Callable[[], torch.Tensor],
     precision: str,
     clip: float | None = None,
+    steps: int = TIMED,
 ) -> Rate:
     """Batches a second of the model's step alone, on one batch that is there already."""
     optimizer = torch.optim.Adam(module.parameters(), 1e-5)
@@ -75,7 +76,7 @@ def bare(
     def measure() -> float:
         for _ in range(3):
             step()
-        return timed(TIMED, lambda: [step() for _ in range(TIMED)])
+        return timed(steps, lambda: [step() for _ in range(steps)])
 
     return measure
 
