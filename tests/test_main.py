@@ -83,8 +83,9 @@ def test_a_stage_without_its_input_says_which_command_makes_it(command, maker, w
     assert last.startswith("wm: ") and f"`wm {maker} {' '.join(words)}` makes it" in last
 
 
-def test_evaluating_a_run_that_is_not_there_says_so(wm, runs):
-    code, _, err = wm("evaluate", "run=0123abc", "env=tiny", f"runs={runs}")
+@pytest.mark.parametrize("command", ["evaluate", "bench"])
+def test_a_run_that_is_not_there_is_named(command, wm, runs):
+    code, _, err = wm(command, "run=0123abc", "env=tiny", f"runs={runs}")
     assert code == 2
     assert err.startswith("wm: ") and "0123abc" in err and len(err.splitlines()) == 1
 

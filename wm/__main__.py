@@ -18,7 +18,8 @@ USAGE = """usage: wm COMMAND [env=GAME] [scale=SCALE] [key=value ...]
   report       write the HTML page
   parity       compare EnvPool with the official CarRacing; run=ID adds an agent's scores
   config       print the resolved configuration
-  bench        time the parts beside what they are measured against (under 10 minutes)
+  bench        time the parts beside what they are measured against (under 10 minutes);
+               run=ID only says what bfloat16 does to the ranks of an agent's candidates
 
 for instance: wm run env=takecover scale=laptop controller.temperature=1.15 seed=3"""
 
@@ -71,10 +72,16 @@ def bench(words: Sequence[str]) -> None:
     from pathlib import Path
 
     from wm.config import load
+    from wm.worldmodels.bench.ranks import bench_ranks
     from wm.worldmodels.bench.run import bench
     from wm.worldmodels.pipeline import Config
 
-    bench(Path(load(Config, words).runs))
+    chosen, others = split_run(words)
+    runs = Path(load(Config, others).runs)
+    if chosen:
+        bench_ranks(chosen, runs)
+    else:
+        bench(runs)
 
 
 COMMANDS = {
