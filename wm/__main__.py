@@ -14,8 +14,10 @@ USAGE = """usage: wm COMMAND [env=GAME] [scale=SCALE] [key=value ...]
   memory       train M, the mixture-density LSTM
   controller   evolve C
   baseline     score the random policy on held-out seeds
-  evaluate     score the agent on held-out seeds; run=ID scores any MLflow run or agent folder
+  evaluate     score the agent on held-out seeds; run=ID scores any MLflow run or agent folder,
+               pretrained=GAME the one that comes with wm
   report       write the HTML page
+  bundle       keep the agent of a finished pipeline as the pretrained one, in half precision
   parity       compare EnvPool with the official CarRacing; run=ID adds an agent's scores
   config       print the resolved configuration
   bench        time the parts beside what they are measured against (under 10 minutes);
@@ -42,7 +44,7 @@ def stage(name: str) -> Callable[[Sequence[str]], None]:
 def evaluate(words: Sequence[str]) -> None:
     from wm.worldmodels import pipeline
 
-    chosen, others = split_run(words)
+    chosen, others = split_agent(words)
     if chosen:
         pipeline.evaluate_run(chosen, others)
     else:
@@ -52,13 +54,24 @@ def evaluate(words: Sequence[str]) -> None:
 def parity(words: Sequence[str]) -> None:
     from wm.worldmodels import pipeline
 
-    pipeline.compare_simulators(*split_run(words))
+    pipeline.compare_simulators(*split_agent(words))
 
 
-def split_run(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The last run=ID, if any, and the other words."""
-    chosen = [word.removeprefix("run=") for word in words if word.startswith("run=")]
-    return chosen[-1] if chosen else None, [word for word in words if not word.startswith("run=")]
+def split_agent(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The agent that the last run=ID or pretrained=GAME names, if any, and the other words."""
+    from wm.worldmodels.bundle import pretrained
+
+    sources = {"run": str, "pretrained": pretrained}
+    pairs = [word.partition("=") for word in words]
+    chosen = [sources[key](value) for key, _, value in pairs if key in sources]
+    others = [key + sign + value for key, sign, value in pairs if key not in sources]
+    return chosen[-1] if chosen else None, others
+
+
+def bundle(words: Sequence[str]) -> None:
+    from wm.worldmodels.bundle import bundle
+
+    bundle(words)
 
 
 def config(words: Sequence[str]) -> None:
@@ -76,7 +89,7 @@ def bench(words: Sequence[str]) -> None:
     from wm.worldmodels.bench.run import bench
     from wm.worldmodels.pipeline import Config
 
-    chosen, others = split_run(words)
+    chosen, others = split_agent(words)
     runs = Path(load(Config, others).runs)
     if chosen:
         bench_ranks(chosen, runs)
@@ -93,6 +106,7 @@ COMMANDS = {
     "baseline": stage("baseline"),
     "evaluate": evaluate,
     "report": stage("report"),
+    "bundle": bundle,
     "parity": parity,
     "config": config,
     "bench": bench,

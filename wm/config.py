@@ -17,13 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from wm import WMError
+from wm.files import shipped
 
 T = TypeVar("T")
 
-_HERE = Path(__file__).parent
-CONF = (
-    _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
-)  # installed : checkout
+CONF = shipped("conf")
 GROUPS = ("env", "scale")  # `env=takecover` picks conf/env/takecover.yaml
 
 

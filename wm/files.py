@@ -37,3 +37,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise WMError(f"cannot write {path}: {error.strerror}; free some disk and rerun") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def shipped(name: str) -> Path:
+    """A folder that comes with the package: in it if installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    return package / name if (package / name).is_dir() else package.parent / name

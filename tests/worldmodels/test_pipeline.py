@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from wm import WMError
 from wm.collect import record
 from wm.config import load
 from wm.data import Latents
@@ -23,7 +25,7 @@ from wm.episodes import EpisodeStore
 from wm.evaluate import read_returns
 from wm.files import hashes
 from wm.stages import CHECKPOINTS, DONE
-from wm.worldmodels import pipeline
+from wm.worldmodels import bundle, pipeline
 from wm.worldmodels.agent import AgentPlayer
 from wm.worldmodels.pipeline import Config, stages
 from wm.worldmodels.work import generation_seeds
@@ -109,6 +111,17 @@ def test_a_run_ends_with_the_score_on_the_held_out_seeds(game, finished):
         shown = re.search(rf"^{title} +(-?[\d.]+)", run.output, re.MULTILINE)
         assert float(shown[1]) == pytest.approx(np.mean(returns), abs=0.051)
     assert str(Path("made") / game / "report-") in run.output
+
+
+def test_a_bundle_says_where_its_agent_comes_from(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle, "PRETRAINED", tmp_path)
+    bundle.bundle([*tiny.words, f"runs={tiny.folder / 'made'}"])
+    about = OmegaConf.load(tmp_path / "tiny" / "about.yaml")
+    facts = tiny.stage("evaluate").record["facts"]
+    assert about["results before it was halved"]["eval/mean"] == pytest.approx(facts["eval/mean"])
+    assert about.config.seed == 0 and "scale=smoke" in about.command and about.versions.commit
+    with pytest.raises(WMError, match="collect-0 is not done"):
+        bundle.bundle([*tiny.words, "seed=1", f"runs={tiny.folder / 'made'}"])
 
 
 @each_game

@@ -80,7 +80,8 @@ class Agent:
         load_weights(vision, folder / "vision.safetensors")
         load_weights(memory, folder / "memory.safetensors")
         (weights,) = load_tensors(folder / "controller.safetensors", ("weights",))
-        starts = Starts(*load_tensors(folder / "starts.safetensors", Starts._fields))
+        tensors = load_tensors(folder / "starts.safetensors", Starts._fields)
+        starts = Starts(*(tensor.float() for tensor in tensors))  # a bundle's are halves
         agent = cls(config, vision.eval(), memory.eval(), weights, starts)
         if weights.shape != (agent.parameters,):
             raise WMError(

@@ -1,0 +1,41 @@
+"""Pretrained agents: whole but for half of the digits, and named when there is none."""
+
+import pytest
+import torch
+
+from wm import WMError
+from wm.rollout import rollout
+from wm.worldmodels import bundle
+from wm.worldmodels.agent import Agent
+
+
+def folder_bytes(folder):
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_a_halved_agent_is_the_same_agent_in_half_the_bytes(saved, tmp_path):
+    whole = Agent.load(saved("tiny"))
+    bundle.halved(whole).save(tmp_path / "half")
+    half = Agent.load(tmp_path / "half")
+    assert half.config == whole.config and torch.equal(half.weights, whole.weights)
+    for model in ("vision", "memory"):
+        ours, theirs = (getattr(agent, model).state_dict() for agent in (half, whole))
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+    assert folder_bytes(tmp_path / "half") < 0.6 * folder_bytes(saved("tiny"))
+
+
+def test_a_halved_agent_dreams(saved, tmp_path):
+    bundle.halved(Agent.load(saved("tiny"))).save(tmp_path / "half")
+    agent = Agent.load(tmp_path / "half")
+    result = rollout(agent.dreams(4), agent.controller(), range(4))
+    assert result.returns.isfinite().all() and (result.steps > 0).all()
+
+
+def test_a_game_without_a_pretrained_agent_is_told_which_there_are(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle, "PRETRAINED", tmp_path)
+    with pytest.raises(WMError, match="'chess'; there are: none"):
+        bundle.pretrained("chess")
+    Agent.load(saved("tiny")).save(tmp_path / "tiny")
+    with pytest.raises(WMError, match="'chess'; there are: tiny"):
+        bundle.pretrained("chess")
+    assert bundle.pretrained("tiny") == str(tmp_path / "tiny")

@@ -1,0 +1,64 @@
+"""Pretrained agents: those of finished pipelines, in half precision, small enough for git.
+
+A bundle is an agent's folder like any other, with a page beside it that says where it comes from.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from wm import WMError
+from wm.config import load
+from wm.files import shipped, write_atomically
+from wm.worldmodels.agent import Agent
+from wm.worldmodels.pipeline import Config, result_config, stages, summary
+from wm.worldmodels.starts import Starts
+
+PRETRAINED = shipped("pretrained")
+STARTS = 128  # that are kept
+
+
+def pretrained(game: str) -> str:
+    """The folder of the pretrained agent of a game.
+
+    Raises:
+        WMError: if there is none, naming those that there are.
+    """
+    if not (PRETRAINED / game / "config.yaml").is_file():
+        there = ", ".join(sorted(path.parent.name for path in PRETRAINED.glob("*/config.yaml")))
+        raise WMError(f"there is no pretrained agent '{game}'; there are: {there or 'none'}")
+    return str(PRETRAINED / game)
+
+
+def bundle(words: Sequence[str]) -> None:
+    """Keep the agent of a finished pipeline; `words` are those of its `wm run`.
+
+    Raises:
+        WMError: if the pipeline is not finished.
+    """
+    config = load(Config, words)
+    graph = stages(config)
+    if missing := [stage.label for stage in graph if not stage.done]:
+        raise WMError(f"{missing[0]} is not done; `wm run {' '.join(words)}` does it")
+    folder = PRETRAINED / config.env.name
+    controller = [stage for stage in graph if stage.name == "controller"][-1]
+    halved(Agent.load(controller.folder / "agent")).save(folder)
+    about: dict[str, Any] = {
+        "command": f"wm run {' '.join(words)}",
+        "versions": controller.record["versions"],
+        "results before it was halved": summary(graph),
+        "config": result_config(config),
+    }
+    write_atomically(folder / "about.yaml", OmegaConf.to_yaml(about))
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"{folder}: {size / 1e6:.1f} MB; `wm evaluate pretrained={config.env.name}` scores it")
+
+
+def halved(agent: Agent) -> Agent:
+    """With V, M and some of the starts in float16; C, which is small, stays as it is."""
+    vision, memory = deepcopy(agent.vision).half(), deepcopy(agent.memory).half()
+    starts = Starts(*(tensor[:STARTS].half() for tensor in agent.starts))
+    return replace(agent, vision=vision, memory=memory, starts=starts)
