@@ -81,6 +81,7 @@ def collect_episodes(
     if "controller" in inputs:
         player = AgentPlayer(inputs["controller"] / "agent", noise=collection.noise)
     seeds = training_seeds(seed, round, collection.episodes)
+    env = replace(env, max_steps=min(collection.max_steps or env.max_steps, env.max_steps))
     with Workers(trainer.workers) as workers, run.busy():
         collect(env, player, seeds, folder, workers, collection.simulator)
     return {f"collect/{name}": value for name, value in EpisodeStore([folder]).summary().items()}
