@@ -115,6 +115,28 @@ def test_no_game_leaves_a_file_in_the_current_folder(config, own_folder):
     assert os.listdir(own_folder) == []
 
 
+@pytest.mark.parametrize("name, max_steps", [("tiny", 60), ("takecover", 50)])
+def test_a_held_action_is_the_same_action_played_some_times(name, max_steps):
+    config = EnvConfig(name, max_steps=max_steps)
+    held, plain = make_env(replace(config, repeat=4)), make_env(config)
+    assert (held.reset(seed=7)[0] == plain.reset(seed=7)[0]).all()
+    over, steps, chance = False, 0, np.random.default_rng(0)
+    while not over:
+        action = chance.uniform(-1, 1, 1).astype(np.float32)
+        frame, reward, *flags, _ = held.step(action)
+        total = 0.0
+        for _ in range(4):
+            expected, paid, *ends, _ = plain.step(action)
+            total += paid
+            if any(ends):
+                break
+        assert (frame == expected).all() and reward == total and flags == ends
+        over, steps = any(flags), steps + 1
+    assert 1 < steps <= -(-max_steps // 4)
+    held.close()
+    plain.close()
+
+
 def test_shrinking_cuts_rows_from_the_bottom_and_averages_the_rest():
     picture = np.zeros((96, 96, 3), np.uint8)
     picture[:84, :, 1] = 100  # a green world

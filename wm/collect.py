@@ -27,7 +27,7 @@ class CollectConfig:
     episodes: int = bounded(200, 2, 100_000)  # in each round
     policy: Literal["brownian", "linear", "uniform"] = "brownian"  # of the first round
     noise: float = bounded(0.1, 0.0)  # on the controller's actions in later rounds
-    max_steps: int = bounded(0, 0)  # after which an episode is cut; 0: those of the game
+    max_steps: int = bounded(0, 0)  # of the game, after which an episode is cut; 0: all
     simulator: Literal["official", "envpool"] = "official"  # envpool: a fast copy of CarRacing
 
 
@@ -88,7 +88,8 @@ def collect(
 
 def _check_disk(env: EnvConfig, episodes: int, folder: Path) -> None:
     frame_bytes = FRAME[0] * FRAME[1] * FRAME[2]
-    need = episodes * (min(TYPICAL_STEPS[env.name], env.max_steps) + 1) * frame_bytes
+    steps = min(TYPICAL_STEPS[env.name], env.max_steps) // env.repeat
+    need = episodes * (steps + 1) * frame_bytes
     free = shutil.disk_usage(folder).free
     print(f"collect: {episodes} episodes, about {need / 1e9:.2f} GB; {free / 1e9:.1f} GB free")
     if need > free:

@@ -16,14 +16,16 @@ from wm.config import ConfigError
 from wm.envs import FRAME_SPACE, EnvConfig, action_space, shrink
 
 
-def require_envpool(game: str) -> None:
+def require_envpool(env: EnvConfig) -> None:
     """Refuse what EnvPool cannot play here.
 
     Raises:
-        ConfigError: for another game than CarRacing, or if EnvPool is not installed.
+        ConfigError: for another game than CarRacing, held actions, or if it is not installed.
     """
-    if game != "carracing":
-        raise ConfigError(f"EnvPool is for env=carracing; {game} has only the official simulator")
+    if env.name != "carracing":
+        raise ConfigError(f"EnvPool is for env=carracing; {env.name} has only the official game")
+    if env.repeat > 1:
+        raise ConfigError("EnvPool needs env.repeat=1: it does not hold actions")
     if importlib.util.find_spec("envpool") is None:
         raise ConfigError("EnvPool is not installed; pip install 'wm[fast]' adds it")
 
@@ -37,7 +39,7 @@ class EnvPoolGames(VectorEnv):
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
 
     def __init__(self, config: EnvConfig, num_envs: int):
-        require_envpool(config.name)
+        require_envpool(config)
         self.config, self.num_envs = config, num_envs
         self.single_observation_space = FRAME_SPACE
         self.single_action_space = action_space(config.name)

@@ -32,7 +32,8 @@ HELD_OUT_SEEDS = 3_100_000_000  # those from 3_000_000_000 on were seen while se
 @dataclass(frozen=True)
 class EnvConfig:
     name: Literal["carracing", "takecover", "tiny"] = "takecover"
-    max_steps: int = bounded(2100, 1)  # the official length of an episode
+    max_steps: int = bounded(2100, 1)  # the official length of an episode, in steps of the game
+    repeat: int = bounded(1, 1, 16)  # steps of the game for which an action is held
     crop: int = bounded(0, 0, 40)  # rows cut from the bottom of the original picture
     fast_drawing: bool = True  # CarRacing: the same frames with less work; never when scores count
 
@@ -45,7 +46,8 @@ def action_space(name: str) -> gym.spaces.Box:
 
 def make_env(config: EnvConfig) -> gym.Env:
     """One game: frames [64,64,3] uint8, actions a bounded float32 Box, official length."""
-    return {"carracing": car_racing, "takecover": TakeCover, "tiny": Catch}[config.name](config)
+    game = {"carracing": car_racing, "takecover": TakeCover, "tiny": Catch}[config.name](config)
+    return HeldAction(game, config.repeat) if config.repeat > 1 else game
 
 
 def as_vector(env: gym.Env) -> SyncVectorEnv:
@@ -67,6 +69,23 @@ def validation_seeds(count: int) -> Sequence[int]:
 def held_out_seeds(count: int) -> Sequence[int]:
     """For reporting, and for nothing else."""
     return range(HELD_OUT_SEEDS, HELD_OUT_SEEDS + count)
+
+
+class HeldAction(gym.Wrapper):
+    """Every action is held for some steps of the game, whose rewards are added."""
+
+    def __init__(self, env: gym.Env, steps: int):
+        super().__init__(env)
+        self.steps = steps
+
+    def step(self, action: np.ndarray):
+        total = 0.0
+        for _ in range(self.steps):
+            frame, reward, terminated, truncated, info = self.env.step(action)
+            total += reward
+            if terminated or truncated:
+                break
+        return frame, total, terminated, truncated, info
 
 
 class CroppedFrame(gym.ObservationWrapper):

@@ -69,7 +69,7 @@ def curves(
     return figure
 
 
-def video(frames: np.ndarray, path: Path, fps: int, scale: int = 4) -> Path:
+def video(frames: np.ndarray, path: Path, fps: float, scale: int = 4) -> Path:
     """uint8 frames [T,H,W,3] as an mp4, each pixel enlarged to a square."""
     large = frames.repeat(scale, axis=1).repeat(scale, axis=2)
     iio.imwrite(path, large, fps=fps, codec="libx264", macro_block_size=1)

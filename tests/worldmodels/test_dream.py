@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -108,6 +109,14 @@ def test_the_horizon_truncates(end_logit):
     flags = [envs.step(torch.zeros(2, 1))[2:4] for _ in range(3)]
     assert [truncated.tolist() for _, truncated in flags] == [[False] * 2, [False] * 2, [True] * 2]
     assert not any(terminated.any() for terminated, _ in flags)
+
+
+def test_without_a_reward_head_a_dreamt_step_pays_the_steps_for_which_an_action_is_held(make_agent):
+    agent = make_agent(memory={"reward_head": False})
+    env = replace(agent.config.env, repeat=4)
+    envs = replace(agent, config=replace(agent.config, env=env)).dreams(3)
+    envs.reset(seed=[0, 1, 2])
+    assert envs.step(torch.zeros(3, 1))[1].tolist() == [4.0] * 3
 
 
 def test_temperature_spreads_the_latents(make_agent):

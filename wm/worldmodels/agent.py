@@ -113,8 +113,8 @@ class Agent:
     def dreams(self, num_envs: int, compiled: bool = False, **changes: Any) -> DreamEnv:
         """Its dreams, with changes to the controller's settings, for instance temperature=1.15."""
         config = merge(ControllerConfig, plain(self.config.controller), changes)
-        name = self.config.env.name
-        return DreamEnv(self.memory, self.starts, config, name, num_envs, self.vision, compiled)
+        env, models = self.config.env, (self.memory, self.starts)
+        return DreamEnv(*models, config, env.name, num_envs, self.vision, env.repeat, compiled)
 
 
 @dataclass(frozen=True)

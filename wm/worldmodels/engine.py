@@ -16,7 +16,6 @@ from torch import Tensor
 
 from wm.worldmodels.mdnrnn import MDNRNN, State, sample_mixture, unpack_mixture
 
-SURVIVAL_REWARD = 1.0  # a step's reward where M has no reward head (take-cover counts tics)
 PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 
 
@@ -38,8 +37,11 @@ class Noise(NamedTuple):
     action: Tensor  # [E,A], standard normal
 
 
-def join_weights(memory: MDNRNN, dtype: torch.dtype) -> Weights:
-    """The weights of M for `dream_step`, in the type that its products run in."""
+def join_weights(memory: MDNRNN, dtype: torch.dtype, survival: float = 1.0) -> Weights:
+    """The weights of M for `dream_step`, in the type that its products run in.
+
+    survival: a step's reward where M has no reward head (take-cover counts tics).
+    """
     rnn = memory.rnn
     inputs, hidden = rnn.weight_ih_l0, rnn.weight_hh_l0
     bias = rnn.bias_ih_l0 + rnn.bias_hh_l0
@@ -50,8 +52,8 @@ def join_weights(memory: MDNRNN, dtype: torch.dtype) -> Weights:
         bias = torch.cat([bias[: 2 * H], rnn.bias_ih_l0[2 * H :], rnn.bias_hh_l0[2 * H :]])
     silent = torch.zeros(1, memory.config.hidden)
     heads = [(memory.mixture_head.weight, memory.mixture_head.bias)]
-    for head, otherwise in ((memory.reward_head, SURVIVAL_REWARD), (memory.end_head, -torch.inf)):
-        absent = silent, torch.tensor([otherwise])
+    for head, otherwise in ((memory.reward_head, survival), (memory.end_head, -torch.inf)):
+        absent = silent, torch.tensor([float(otherwise)])
         heads.append(absent if head is None else (head.weight, head.bias))
     matrices, biases = zip(*heads, strict=True)
     joined = torch.cat([inputs, hidden], dim=1), bias, torch.cat(matrices), torch.cat(biases)

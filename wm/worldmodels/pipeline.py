@@ -61,7 +61,7 @@ class Config:
     def __post_init__(self) -> None:
         _ = self.agent  # refuses settings that do not go together
         if self.collect.simulator == "envpool":
-            require_envpool(self.env.name)
+            require_envpool(self.env)
 
 
 def stages(config: Config) -> list[Stage]:
@@ -83,11 +83,16 @@ def stages(config: Config) -> list[Stage]:
         C = {"controller": make("controller", work.evolve_controller, data | V | M | C, evolved, r)}
         graph += [collect, V["vision"], M["memory"], C["controller"]]
     evaluation = {"env": env, "evaluation": config.evaluate}
-    graph.append(make("baseline", work.play_baseline, {}, evaluation))
+    graph.append(make("baseline", work.play_baseline, {}, baseline(config)))
     graph.append(make("evaluate", work.evaluate_agent, C, evaluation))
     everything = {stage.label: stage for stage in graph}
     graph.append(make("report", report.write_report, everything, {"config": result_config(config)}))
     return graph
+
+
+def baseline(config: Config) -> dict[str, Any]:
+    """What the random policy is given: as in the published tables, it holds no action."""
+    return {"env": replace(config.env, repeat=1), "evaluation": config.evaluate}
 
 
 def _stage(
@@ -160,7 +165,7 @@ def evaluate_run(run: str, words: Sequence[str]) -> None:
     evaluation = {"env": config.env, "evaluation": config.evaluate}
     graph = [
         agent,
-        _stage(config, "baseline", work.play_baseline, {}, evaluation),
+        _stage(config, "baseline", work.play_baseline, {}, baseline(config)),
         _stage(config, "evaluate", work.evaluate_agent, {"controller": agent}, evaluation),
     ]
     with open_tracker(config, graph, None if source == Path(run) else run) as tracker:
@@ -182,7 +187,7 @@ def compare_simulators(run: str | None, words: Sequence[str]) -> None:
     if run:
         folder = find_agent(run, Path(config.runs))
         env, players["agent"] = Agent.load(folder).config.env, AgentPlayer(folder)
-    require_envpool(env.name)
+    require_envpool(env)
     print(f"{PARITY_SEEDS} validation seeds, each the same track in both", flush=True)
     with Workers(config.trainer.workers) as workers:
         for line in table(env, players, validation_seeds(PARITY_SEEDS), workers):

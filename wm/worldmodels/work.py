@@ -84,7 +84,9 @@ def collect_episodes(
     env = replace(env, max_steps=min(collection.max_steps or env.max_steps, env.max_steps))
     with Workers(trainer.workers) as workers, run.busy():
         collect(env, player, seeds, folder, workers, collection.simulator)
-    return {f"collect/{name}": value for name, value in EpisodeStore([folder]).summary().items()}
+    facts = EpisodeStore([folder]).summary()
+    facts["steps"] *= env.repeat  # of the game
+    return {f"collect/{name}": value for name, value in facts.items()}
 
 
 def collected(inputs: Inputs) -> EpisodeStore:
@@ -245,7 +247,7 @@ def evolve_controller(
     draw_evolution(folder, run)
     history = read_metrics(folder)
     steps = [history.get(f"controller/{name}", {}) for name in ("real_steps", "fitness_steps")]
-    played = sum(sum(counts.values()) for counts in steps)
+    played = config.env.repeat * sum(sum(counts.values()) for counts in steps)
     return {"best/real_score": module.best_score.item(), "controller/played_steps": played}
 
 
@@ -370,7 +372,8 @@ def draw_life(agent: Agent, episode: Episode, folder: Path, run: StageRun) -> No
     pictures.filmstrip(agent.vision, agent.memory, episode, game, temperature, strip)
     run.log_file(strip)
     frames = pictures.side_by_side(agent.vision, episode)
-    run.log_file(figures.video(frames, folder / "episode.mp4", STEPS_PER_SECOND[game]))
+    speed = STEPS_PER_SECOND[game] / agent.config.env.repeat
+    run.log_file(figures.video(frames, folder / "episode.mp4", speed))
 
 
 def last_metrics(folder: Path, *prefixes: str) -> Facts:
