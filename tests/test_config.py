@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from wm.config import CONF, ConfigError, bounded, choices, from_yaml, load, plain, to_yaml
-from wm.worldmodels.pipeline import Config
+from wm.worldmodels.pipeline import Config, stages
 
 GAMES, SCALES = choices(CONF, "env"), choices(CONF, "scale")
 
@@ -136,6 +136,12 @@ def test_scale_paper_plays_the_official_game_as_the_paper_did(game, max_steps, f
     assert config.env.max_steps == max_steps
     assert (config.controller.features, config.controller.fitness) == (features, fitness)
     assert config.evaluate.episodes == 100
+
+
+def test_the_agent_holds_its_actions_and_the_random_policy_does_not():
+    made = {stage.name: stage for stage in stages(load(Config, ["env=takecover"]))}
+    assert made["baseline"].config["env"]["repeat"] == 1
+    assert made["evaluate"].config["env"]["repeat"] == 4
 
 
 def test_nothing_can_change_a_configuration():

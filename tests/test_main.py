@@ -63,6 +63,7 @@ def test_config_prints_what_would_be_run_as_yaml(wm, tmp_path):
         ("seed", "key=value"),
         ("collect.simulator=envpool", "env=carracing"),
         ("env.repeat=0", "1"),
+        ("run", "key=value"),
     ],
 )
 def test_a_word_that_cannot_be_meant_exits_2_with_one_line(command, word, says, wm, own_folder):

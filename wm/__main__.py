@@ -63,8 +63,8 @@ def split_agent(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
     sources = {"run": str, "pretrained": pretrained}
     pairs = [word.partition("=") for word in words]
-    chosen = [sources[key](value) for key, _, value in pairs if key in sources]
-    others = [key + sign + value for key, sign, value in pairs if key not in sources]
+    chosen = [sources[key](value) for key, sign, value in pairs if sign and key in sources]
+    others = [key + sign + value for key, sign, value in pairs if not sign or key not in sources]
     return chosen[-1] if chosen else None, others
 
 

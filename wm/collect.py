@@ -27,7 +27,7 @@ class CollectConfig:
     episodes: int = bounded(200, 2, 100_000)  # in each round
     policy: Literal["brownian", "linear", "uniform"] = "brownian"  # of the first round
     noise: float = bounded(0.1, 0.0)  # on the controller's actions in later rounds
-    max_steps: int = bounded(0, 0)  # of the game, after which an episode is cut; 0: all
+    max_steps: int = bounded(0, 0)  # of the game, that the first round plays of it; 0: all
     simulator: Literal["official", "envpool"] = "official"  # envpool: a fast copy of CarRacing
 
 

@@ -30,7 +30,7 @@ class Episode:
     frames: np.ndarray
     actions: np.ndarray
     rewards: np.ndarray
-    terminated: bool  # the game ended it; a truncated one was cut at the official length
+    terminated: bool  # the game ended it; a truncated one was cut
     truncated: bool
 
 

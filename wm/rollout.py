@@ -78,7 +78,7 @@ class BrownianPolicy:
     White noise hardly moves a car. Actions are clipped to the space.
     """
 
-    STEP = 0.07  # of the walk, as a share of its range: crossed in about two hundred steps
+    STEP = 0.07  # of the walk, as a share of its range: crossed in about two hundred actions
 
     def __init__(self, space: gym.spaces.Box):
         self.space = space

@@ -47,7 +47,7 @@ class Outcome:
 
     seed: int
     episode_return: float
-    steps: int
+    steps: int  # of the game, up to env.repeat - 1 too many where an end cut a held action
     terminated: bool
 
 
@@ -56,16 +56,15 @@ def play(env: EnvConfig, player: Player, seeds: Sequence[int]) -> list[Outcome]:
     game = as_vector(make_env(env))
     try:
         envs, policy = player(game)
-        return [_outcome(envs, policy, seed) for seed in seeds]
+        return [_outcome(envs, policy, seed, env.repeat) for seed in seeds]
     finally:
         game.close()
 
 
-def _outcome(envs: VectorEnv, policy: Policy, seed: int) -> Outcome:
+def _outcome(envs: VectorEnv, policy: Policy, seed: int, repeat: int) -> Outcome:
     result = rollout(envs, policy, [seed])
-    return Outcome(
-        seed, result.returns.item(), int(result.steps.item()), bool(result.terminated.item())
-    )
+    steps = int(result.steps.item()) * repeat
+    return Outcome(seed, result.returns.item(), steps, bool(result.terminated.item()))
 
 
 class Workers:

@@ -1,5 +1,7 @@
 """Pretrained agents: whole but for half of the digits, and named when there is none."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from wm import WMError
 from wm.rollout import rollout
 from wm.worldmodels import bundle
 from wm.worldmodels.agent import Agent
+from wm.worldmodels.starts import Starts
 
 
 def folder_bytes(folder):
@@ -22,6 +25,13 @@ def test_a_halved_agent_is_the_same_agent_in_half_the_bytes(saved, tmp_path):
         ours, theirs = (getattr(agent, model).state_dict() for agent in (half, whole))
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
     assert folder_bytes(tmp_path / "half") < 0.6 * folder_bytes(saved("tiny"))
+
+
+def test_the_starts_that_are_kept_span_all(make_agent):
+    starts = torch.arange(1024.0)[:, None]
+    agent = replace(make_agent(), starts=Starts(starts, starts[:, None]))
+    kept = bundle.halved(agent).starts.latent[:, 0]
+    assert len(kept) == bundle.STARTS and kept.max() > 1000 and kept.min() < 24
 
 
 def test_a_halved_agent_dreams(saved, tmp_path):

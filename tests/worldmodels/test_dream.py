@@ -112,11 +112,14 @@ def test_the_horizon_truncates(end_logit):
 
 
 def test_without_a_reward_head_a_dreamt_step_pays_the_steps_for_which_an_action_is_held(make_agent):
-    agent = make_agent(memory={"reward_head": False})
+    agent = make_agent("takecover", memory={"reward_head": False})
     env = replace(agent.config.env, repeat=4)
     envs = replace(agent, config=replace(agent.config, env=env)).dreams(3)
     envs.reset(seed=[0, 1, 2])
     assert envs.step(torch.zeros(3, 1))[1].tolist() == [4.0] * 3
+    assert (
+        4 * envs.metadata["render_fps"] == make_agent("takecover").dreams(1).metadata["render_fps"]
+    )
 
 
 def test_temperature_spreads_the_latents(make_agent):

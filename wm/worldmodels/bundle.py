@@ -18,7 +18,7 @@ from wm.worldmodels.pipeline import Config, result_config, stages, summary
 from wm.worldmodels.starts import Starts
 
 PRETRAINED = shipped("pretrained")
-STARTS = 128  # that are kept
+STARTS = 128  # that are kept, at most
 
 
 def pretrained(game: str) -> str:
@@ -60,5 +60,6 @@ def bundle(words: Sequence[str]) -> None:
 def halved(agent: Agent) -> Agent:
     """With V, M and some of the starts in float16; C, which is small, stays as it is."""
     vision, memory = deepcopy(agent.vision).half(), deepcopy(agent.memory).half()
-    starts = Starts(*(tensor[:STARTS].half() for tensor in agent.starts))
+    some = slice(None, None, -(-len(agent.starts.latent) // STARTS))  # they are in order of time
+    starts = Starts(*(tensor[some].half() for tensor in agent.starts))
     return replace(agent, vision=vision, memory=memory, starts=starts)

@@ -22,7 +22,7 @@ class ControllerConfig:
 
     fitness: Literal["dream", "real"] = "dream"  # where candidates are tried
     temperature: float = bounded(1.0, 1e-6)  # of the dream
-    horizon: int = bounded(1000, 1)  # steps after which a dream is cut
+    horizon: int = bounded(1000, 1)  # actions after which a dream is cut
     start: Literal["any", "first"] = "any"  # dreams begin anywhere in real episodes, or at starts
     end: Literal["weighted", "calibrated", "threshold", "never"] = "weighted"  # see dream.DreamEnv
     action_noise: float = bounded(0.0, 0.0)  # deviation on C's actions in the dream, as in the data

@@ -43,7 +43,7 @@ class DreamEnv(VectorEnv):
     Args:
         config: features, temperature, horizon, start and end of the dream.
         vision: for render() only.
-        survival: the reward of a step where M has no reward head.
+        repeat: steps of the game in one of the dream; each pays 1 where M has no reward head.
         compiled: fuse the step, which takes seconds at first and pays off for many dreams.
     """
 
@@ -58,14 +58,14 @@ class DreamEnv(VectorEnv):
         game: str,
         num_envs: int,
         vision: ConvVAE | None = None,
-        survival: float = 1.0,
+        repeat: int = 1,
         compiled: bool = False,
     ):
         self.memory, self.starts, self.config, self.vision = memory.eval(), starts, config, vision
         self.num_envs = num_envs
-        self.metadata = {**self.metadata, "render_fps": STEPS_PER_SECOND[game]}
+        self.metadata = {**self.metadata, "render_fps": STEPS_PER_SECOND[game] / repeat}
         self.features = FEATURES[config.features]
-        self.weights = join_weights(memory, PRECISIONS[config.precision], survival)
+        self.weights = join_weights(memory, PRECISIONS[config.precision], repeat)
         self.temperature = torch.tensor(config.temperature)
         self.advance = fused_step() if compiled else dream_step
         self.single_observation_space = feature_space(

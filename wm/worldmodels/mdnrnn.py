@@ -36,7 +36,7 @@ class MemoryConfig:
     final_learning_rate: float = bounded(1e-5, 1e-9)  # reached exponentially
     clip: float = bounded(1.0, 0.0)  # of the gradient's norm
     batch: int = bounded(32, 1)
-    length: int = bounded(128, 2)  # steps of a training segment
+    length: int = bounded(128, 2)  # actions of a training segment
     steps: int = bounded(2000, 1)  # in each round
     precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"  # of the recurrent layer only
 

@@ -14,7 +14,7 @@ from wm.worldmodels.dream import DreamEnv, Starts
 from wm.worldmodels.mdnrnn import MDNRNN
 from wm.worldmodels.vae import ConvVAE, encode_frames, to_frames
 
-WARM_UP = 40  # real steps M sees before it is left alone
+WARM_UP = 10  # real steps M sees before it is left alone
 FUTURES = 5
 TRAVERSED = 6  # latents shown, the most active first
 

@@ -59,7 +59,7 @@ from wm.worldmodels.vae import ConvVAE, VisionConfig, encode_frames
 EPOCH_STEPS = 250  # of V and M between validations and checkpoints
 ENCODE_BATCH = 500
 PICTURE_FRAMES = 10
-ERROR_HORIZON = 50
+ERROR_HORIZON = 25
 
 Inputs = dict[str, Path]
 Facts = dict[str, float]
@@ -78,14 +78,15 @@ def collect_episodes(
 ) -> Facts:
     """Play with a random policy, in later rounds with the newest controller and noise."""
     player = RandomPlayer(collection.policy)
-    if "controller" in inputs:
+    if "controller" not in inputs:
+        env = replace(env, max_steps=min(collection.max_steps or env.max_steps, env.max_steps))
+    else:
         player = AgentPlayer(inputs["controller"] / "agent", noise=collection.noise)
     seeds = training_seeds(seed, round, collection.episodes)
-    env = replace(env, max_steps=min(collection.max_steps or env.max_steps, env.max_steps))
     with Workers(trainer.workers) as workers, run.busy():
         collect(env, player, seeds, folder, workers, collection.simulator)
     facts = EpisodeStore([folder]).summary()
-    facts["steps"] *= env.repeat  # of the game
+    facts["steps"] *= env.repeat  # of the game, a few too many where an end cut a held action
     return {f"collect/{name}": value for name, value in facts.items()}
 
 
@@ -247,7 +248,7 @@ def evolve_controller(
     draw_evolution(folder, run)
     history = read_metrics(folder)
     steps = [history.get(f"controller/{name}", {}) for name in ("real_steps", "fitness_steps")]
-    played = config.env.repeat * sum(sum(counts.values()) for counts in steps)
+    played = sum(sum(counts.values()) for counts in steps)
     return {"best/real_score": module.best_score.item(), "controller/played_steps": played}
 
 

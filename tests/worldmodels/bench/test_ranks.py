@@ -24,13 +24,10 @@ def test_where_all_are_equally_fit_there_is_no_correlation(make_agent, workers):
         assert all(value != value for value in table.values())
 
 
-def test_the_table_joins_the_last_benchmark(saved, tmp_path, monkeypatch, capsys):
+def test_the_table_is_kept_with_the_name_of_the_run(saved, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "ranks", lambda agent, workers: {agent.config.env.name: {"a": 0.5}})
-    run, path = str(saved("tiny")), tmp_path / "bench" / "bench.json"
-    table = {"ranks": {"run": run, "tiny": {"a": 0.5}}}
+    run, path = str(saved("tiny")), tmp_path / "bench" / "ranks.json"
+    table = {"run": run, "tiny": {"a": 0.5}}
     bench_ranks(run, tmp_path)
     assert json.loads(path.read_text()) == table
-    path.write_text('{"comparisons": []}')
-    bench_ranks(run, tmp_path)
-    assert json.loads(path.read_text()) == {"comparisons": [], **table}
     assert '"a": 0.5' in capsys.readouterr().out

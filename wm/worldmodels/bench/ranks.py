@@ -23,18 +23,17 @@ DEVIATION = 0.1  # of candidates around an agent; around zero it is the search's
 
 
 def bench_ranks(run: str, runs: Path) -> None:
-    """Print the table for an agent, given by its run or folder, and add it to bench.json.
+    """Print the table for an agent, given by its run or folder, and keep it in ranks.json.
 
     Raises:
         WMError: if there is no such agent.
     """
-    folder, path = find_agent(run, runs), runs / "bench" / "bench.json"
+    folder, path = find_agent(run, runs), runs / "bench" / "ranks.json"
     with Workers(0) as workers:
         table = ranks(Agent.load(folder), workers)
     print(json.dumps(table, indent=1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = json.loads(path.read_text()) if path.exists() else {}
-    write_atomically(path, json.dumps({**record, "ranks": {"run": run, **table}}, indent=1))
+    write_atomically(path, json.dumps({"run": run, **table}, indent=1))
 
 
 def ranks(agent: Agent, workers: Workers, compiled: bool = True) -> dict[str, dict[str, float]]:
