@@ -15,7 +15,7 @@ USAGE = """usage: wm COMMAND [env=GAME] [scale=SCALE] [key=value ...]
   controller   evolve C
   baseline     score the random policy on held-out seeds
   evaluate     score the agent on held-out seeds; run=ID scores any MLflow run or agent folder,
-               pretrained=GAME the one that comes with wm
+               pretrained=GAME the one that `wm bundle` has kept
   report       write the HTML page
   bundle       keep the agent of a finished pipeline as the pretrained one, in half precision
   parity       compare EnvPool with the official CarRacing; run=ID adds an agent's scores
