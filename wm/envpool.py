@@ -20,12 +20,10 @@ def require_envpool(env: EnvConfig) -> None:
     """Refuse what EnvPool cannot play here.
 
     Raises:
-        ConfigError: for another game than CarRacing, held actions, or if it is not installed.
+        ConfigError: for another game than CarRacing, or if it is not installed.
     """
     if env.name != "carracing":
         raise ConfigError(f"EnvPool is for env=carracing; {env.name} has only the official game")
-    if env.repeat > 1:
-        raise ConfigError("EnvPool needs env.repeat=1: it does not hold actions")
     if importlib.util.find_spec("envpool") is None:
         raise ConfigError("EnvPool is not installed; pip install 'wm[fast]' adds it")
 
@@ -62,8 +60,17 @@ class EnvPoolGames(VectorEnv):
         return self._frames(pictures), info
 
     def step(self, actions: np.ndarray):
-        pictures, *outcome, info = self.games.step(actions)
-        return self._frames(pictures), *outcome, info
+        pictures, total, terminated, truncated, info = self.games.step(actions)
+        for _ in range(self.config.repeat - 1):  # as HeldAction does for one game
+            seen, reward, dead, cut, info = self.games.step(actions)
+            on = ~(terminated | truncated)
+            pictures = np.where(on[:, None, None, None], seen, pictures)
+            total, terminated, truncated = (
+                total + reward * on,
+                terminated | dead & on,
+                truncated | cut & on,
+            )
+        return self._frames(pictures), total, terminated, truncated, info
 
     def _frames(self, pictures: np.ndarray) -> np.ndarray:
         return np.stack([shrink(picture, self.config.crop) for picture in pictures])

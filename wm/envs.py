@@ -46,8 +46,7 @@ def action_space(name: str) -> gym.spaces.Box:
 
 def make_env(config: EnvConfig) -> gym.Env:
     """One game: frames [64,64,3] uint8, actions a bounded float32 Box, official length."""
-    game = {"carracing": car_racing, "takecover": TakeCover, "tiny": Catch}[config.name](config)
-    return HeldAction(game, config.repeat) if config.repeat > 1 else game
+    return {"carracing": car_racing, "takecover": TakeCover, "tiny": catch}[config.name](config)
 
 
 def as_vector(env: gym.Env) -> SyncVectorEnv:
@@ -72,19 +71,27 @@ def held_out_seeds(count: int) -> Sequence[int]:
 
 
 class HeldAction(gym.Wrapper):
-    """Every action is held for some steps of the game, whose rewards are added."""
+    """Every action is held for some steps of the game, whose rewards are added.
+
+    Only the last frame is seen: a game with a method `draw` may leave the others undrawn while its
+    `drawing` is false.
+    """
 
     def __init__(self, env: gym.Env, steps: int):
         super().__init__(env)
         self.steps = steps
 
     def step(self, action: np.ndarray):
-        total = 0.0
-        for _ in range(self.steps):
+        game, total = self.unwrapped, 0.0
+        for left in reversed(range(self.steps)):
+            game.drawing = left == 0
             frame, reward, terminated, truncated, info = self.env.step(action)
             total += reward
             if terminated or truncated:
                 break
+        if not game.drawing and hasattr(game, "draw"):
+            frame = game.draw()
+        game.drawing = True
         return frame, total, terminated, truncated, info
 
 
@@ -108,13 +115,10 @@ def shrink(picture: np.ndarray, crop: int) -> np.ndarray:
 
 def car_racing(config: EnvConfig) -> gym.Env:
     """Gymnasium's CarRacing-v3: steering in [-1,1], gas and brake in [0,1]."""
-    if config.fast_drawing:
-        from wm.carracing import FastCarRacing
+    from wm.carracing import CarRacing, FastCarRacing  # pygame and Box2D take a second to load
 
-        env = TimeLimit(FastCarRacing(), max_episode_steps=config.max_steps)
-    else:
-        env = gym.make("CarRacing-v3", max_episode_steps=config.max_steps)
-    return CroppedFrame(env, config.crop)
+    game = FastCarRacing() if config.fast_drawing else CarRacing()
+    return CroppedFrame(HeldAction(TimeLimit(game, config.max_steps), config.repeat), config.crop)
 
 
 class TakeCover(gym.Env):
@@ -130,7 +134,7 @@ class TakeCover(gym.Env):
 
         self.observation_space = FRAME_SPACE
         self.action_space = action_space(config.name)
-        self.crop = config.crop
+        self.crop, self.repeat = config.crop, config.repeat
         self.game = game = vizdoom.DoomGame()
         game.load_config(os.path.join(vizdoom.scenarios_path, "take_cover.cfg"))
         game.set_doom_skill(self.SKILL)  # the scenario's file is not to be relied upon for either
@@ -157,7 +161,7 @@ class TakeCover(gym.Env):
 
     def step(self, action: np.ndarray):
         move = float(action[0])
-        reward = self.game.make_action([move < -1 / 3, move > 1 / 3])
+        reward = self.game.make_action([move < -1 / 3, move > 1 / 3], self.repeat)
         dead = self.game.is_player_dead()
         finished = self.game.is_episode_finished()
         if not finished:  # a finished game has no picture: the last one stands
@@ -167,6 +171,11 @@ class TakeCover(gym.Env):
     def close(self):
         self.game.close()
         self.scratch.cleanup()
+
+
+def catch(config: EnvConfig) -> gym.Env:
+    """The test game, its actions held as in the others."""
+    return HeldAction(Catch(config), config.repeat)
 
 
 class Catch(gym.Env):
