@@ -2,10 +2,19 @@
 
 import shutil
 
+import numpy as np
 import pytest
 
 from wm import WMError
-from wm.collect import SHARD_EPISODES, TYPICAL_STEPS, collect, record, shard_folder
+from wm.collect import (
+    SHARD_EPISODES,
+    TYPICAL_STEPS,
+    CollectConfig,
+    Patience,
+    collect,
+    record,
+    shard_folder,
+)
 from wm.envs import EnvConfig, as_vector, make_env
 from wm.episodes import EpisodeStore
 from wm.files import hashes
@@ -46,6 +55,29 @@ def test_recording_again_gives_the_same_whatever_was_played_before():
     assert (alone.frames == after_others.frames).all()
     assert (alone.actions == after_others.actions).all()
     assert alone.seed == 7
+
+
+def test_an_episode_is_cut_when_patience_ends(workers, tmp_path):
+    for actions in (0, 3):
+        (tmp_path / str(actions)).mkdir()
+        config = CollectConfig(patience=actions)
+        collect(TINY, PLAYER, SEEDS, tmp_path / str(actions), workers, config)
+    whole, cut = (EpisodeStore([tmp_path / name]) for name in ("0", "3"))
+    assert (cut.steps == 3).all() and (whole.steps > 3).all()  # a ball falls for eight steps
+    for number in range(len(SEEDS)):
+        np.testing.assert_array_equal(cut[number].frames, whole[number].frames[:4])
+        assert cut[number].truncated and not cut[number].terminated
+
+
+def test_reward_renews_patience():
+    fast = Patience(as_vector(make_env(TINY)), 9)
+    (episode,) = record(fast, PLAYER, [next(s for s in range(99) if longest(s) > 20)])
+    assert len(episode.rewards) > 9
+
+
+def longest(seed):
+    (episode,) = record(as_vector(make_env(TINY)), PLAYER, [seed])
+    return len(episode.rewards)
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_played(workers, tmp_path, monkeypatch):

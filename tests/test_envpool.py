@@ -4,11 +4,12 @@ What plays is skipped where EnvPool is not installed.
 """
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from wm.collect import collect, record
+from wm.collect import CollectConfig, collect, record
 from wm.config import ConfigError, load
 from wm.envpool import EnvPoolGames
 from wm.envs import EnvConfig, make_env
@@ -62,9 +63,26 @@ def test_a_seed_gives_the_same_episode_whatever_else_is_played_beside_it(install
     assert (alone.terminated, alone.truncated) == (False, True)
 
 
+def test_a_held_action_is_the_same_action_played_some_times(installed):
+    plain, held = EnvPoolGames(RACE, 2), EnvPoolGames(replace(RACE, repeat=4), 2)
+    assert (plain.reset(seed=[1, 2])[0] == held.reset(seed=[1, 2])[0]).all()
+    actions, over = np.tile(np.float32([0.3, 0.2, 0.0]), (2, 1)), False
+    while not over:
+        total = 0.0
+        frames, reward, *flags, _ = held.step(actions)
+        for _ in range(4):
+            expected, paid, *ends, _ = plain.step(actions)
+            total, over = total + paid, np.logical_or(*ends).all()
+            if over:
+                break
+        assert (frames == expected).all() and np.allclose(reward, total)
+        np.testing.assert_array_equal(flags, ends)
+
+
 def test_shards_are_the_same_from_one_run_to_the_next(installed, workers, tmp_path):
+    config = CollectConfig(simulator="envpool")
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        collect(RACE, PLAYER, range(6), tmp_path / name, workers, "envpool")
+        collect(RACE, PLAYER, range(6), tmp_path / name, workers, config)
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
     assert [entry.seed for entry in EpisodeStore([tmp_path / "one"]).index] == [*range(6)]

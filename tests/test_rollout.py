@@ -96,8 +96,8 @@ def test_random_actions_fill_the_action_space_and_stay_in_it(kind, game):
     assert actions.dtype == np.float32
     assert all(space.contains(action) for action in actions)
     low, high = np.quantile(actions, [0.02, 0.98], axis=0)
-    assert (low <= space.low + 0.1).all()
-    assert (high > 0.3).all()
+    assert (low <= space.low + 0.45).all()  # a car's walk steers gently
+    assert (high > 0.25).all()
 
 
 @POLICIES
@@ -113,16 +113,17 @@ def test_the_brownian_walk_is_smooth_and_white_noise_is_not():
     space, seeds = action_space("takecover"), range(20)
     smooth = actions_of(BrownianPolicy(space), seeds, 500, None)
     white = actions_of(UniformPolicy(space), seeds, 500, None)
-    assert autocorrelation(smooth) > 0.9
+    assert autocorrelation(smooth) > 0.8
     assert abs(autocorrelation(white)) < 0.05
 
 
-def test_the_brownian_driver_of_a_car_uses_the_gas_more_than_the_brake():
+def test_the_brownian_driver_of_a_car_is_gentle_and_uses_the_gas_more_than_the_brake():
     actions = actions_of(BrownianPolicy(action_space("carracing")), range(50), 500, None)
     _, gas, brake = (actions > 0).mean((0, 1))
-    assert 0.65 < gas < 0.85
+    assert gas > 0.95
     assert 0.12 < brake < 0.30
     assert actions[..., 1].mean() > 3 * actions[..., 2].mean()
+    assert actions[..., 1].max() < 0.5
 
 
 def test_noise_is_of_its_scale_within_the_space_and_from_the_episodes_seed():
@@ -130,8 +131,11 @@ def test_noise_is_of_its_scale_within_the_space_and_from_the_episodes_seed():
     noisy = NoisyPolicy(Still(), 0.2, space)
     observation = np.zeros((3, 1))
     actions = actions_of(noisy, [1, 2, 3], 2000, observation)
-    assert actions.std() == pytest.approx(0.2, rel=0.05)
     assert abs(actions.mean()) < 0.02
+    many = actions_of(noisy, range(500), 200, np.zeros((500, 1)))
+    deviations = many.std(axis=(0, 2))  # of each episode: all between 0 and 0.2
+    assert deviations.mean() == pytest.approx(0.1, rel=0.05)
+    assert deviations.min() < 0.01 and 0.19 < deviations.max() < 0.23
     np.testing.assert_array_equal(actions[:, 1:2], actions_of(noisy, [2], 2000, observation[:1]))
     wild = actions_of(NoisyPolicy(Still(), 3.0, space), [1], 100, observation[:1])
     assert np.abs(wild).max() == 1.0

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from gymnasium.vector import VectorEnv
+import numpy as np
+from gymnasium.vector import VectorEnv, VectorWrapper
 from tqdm import tqdm
 
 from wm import WMError
@@ -24,11 +25,29 @@ TYPICAL_STEPS = {"carracing": 1000, "takecover": 330, "tiny": 12}  # of a random
 
 @dataclass(frozen=True)
 class CollectConfig:
-    episodes: int = bounded(200, 2, 100_000)  # in each round
-    policy: Literal["brownian", "linear", "uniform"] = "brownian"  # of the first round
-    noise: float = bounded(0.1, 0.0)  # on the controller's actions in later rounds
-    max_steps: int = bounded(0, 0)  # of the game, that the first round plays of it; 0: all
+    episodes: int = bounded(200, 2, 100_000)  # in the first round
+    later_episodes: int = bounded(100, 2, 100_000)  # in each later one
+    policy: Literal["brownian", "switching", "linear", "uniform"] = "brownian"  # of the first round
+    noise: float = bounded(0.1, 0.0)  # on the controller's actions in later rounds, at most
+    patience: int = bounded(0, 0)  # actions without reward that cut an episode; 0: none do
     simulator: Literal["official", "envpool"] = "official"  # envpool: a fast copy of CarRacing
+
+
+class Patience(VectorWrapper):
+    """Games that are cut after so many actions without reward: grass teaches a driver little."""
+
+    def __init__(self, games: VectorEnv, actions: int):
+        super().__init__(games)
+        self.actions = actions
+
+    def reset(self, **options):
+        self.waited = np.zeros(self.num_envs, int)
+        return self.env.reset(**options)
+
+    def step(self, actions: np.ndarray):
+        frames, reward, terminated, truncated, info = self.env.step(actions)
+        self.waited = np.where(reward > 0, 0, self.waited + 1)
+        return frames, reward, terminated, truncated | (self.waited >= self.actions), info
 
 
 def record(games: VectorEnv, player: Player, seeds: Sequence[int]) -> list[Episode]:
@@ -52,11 +71,13 @@ def shard_folder(folder: Path, seeds: Sequence[int]) -> Path:
 
 
 def record_shard(
-    env: EnvConfig, player: Player, simulator: str, folder: Path, seeds: Sequence[int]
+    env: EnvConfig, player: Player, config: CollectConfig, folder: Path, seeds: Sequence[int]
 ) -> None:
     """Play a shard: in EnvPool all of its seeds at once, however many cores there are."""
-    fast = simulator == "envpool"
+    fast = config.simulator == "envpool"
     games = EnvPoolGames(env, len(seeds)) if fast else as_vector(make_env(env))
+    if config.patience:
+        games = Patience(games, config.patience)
     write_shard(shard_folder(folder, seeds), record(games, player, seeds))
 
 
@@ -66,7 +87,7 @@ def collect(
     seeds: Sequence[int],
     folder: Path,
     workers: Workers,
-    simulator: str = "official",
+    config: CollectConfig | None = None,
 ) -> None:
     """Fill `folder` with one shard per SHARD_EPISODES seeds; shards that exist are kept.
 
@@ -78,7 +99,7 @@ def collect(
     chunks = [seeds[i : i + SHARD_EPISODES] for i in range(0, len(seeds), SHARD_EPISODES)]
     missing = [chunk for chunk in chunks if not shard_folder(folder, chunk).exists()]
     _check_disk(env, sum(map(len, missing)), folder)
-    task = partial(record_shard, env, player, simulator, folder)
+    task = partial(record_shard, env, player, config or CollectConfig(), folder)
     shards = workers.map(task, missing, time_limit(env, SHARD_EPISODES))
     kept = (len(chunks) - len(missing)) * SHARD_EPISODES
     with tqdm(total=len(seeds), initial=kept, desc="collect", unit="episode") as progress:

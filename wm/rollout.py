@@ -73,37 +73,65 @@ class UniformPolicy:
 
 
 class BrownianPolicy:
-    """A random walk per action within `explored_range`, reflected at its ends: smooth.
+    """A random walk per action, reflected at the ends of its range: smooth.
 
     White noise hardly moves a car. Actions are clipped to the space.
     """
 
-    STEP = 0.07  # of the walk, as a share of its range: crossed in about two hundred actions
-
     def __init__(self, space: gym.spaces.Box):
         self.space = space
-        self.low, self.high = explored_range(space)
+        self.low, self.high, share = walk_range(space)
+        self.deviation = share * (self.high - self.low)  # of a step
 
     def reset(self, seeds: Sequence[int]) -> None:
         self.generators = [episode_generator(seed, 0) for seed in seeds]
         self.walk = np.stack([g.uniform(self.low, self.high) for g in self.generators])
 
     def __call__(self, observation: np.ndarray) -> np.ndarray:
-        step = self.STEP * (self.high - self.low)
-        walk = self.walk + np.stack([g.normal(0.0, step) for g in self.generators])
+        walk = self.walk + np.stack([g.normal(0.0, self.deviation) for g in self.generators])
         walk = np.where(walk > self.high, 2 * self.high - walk, walk)
         self.walk = np.where(walk < self.low, 2 * self.low - walk, walk)
         return np.clip(self.walk, self.space.low, self.space.high).astype(np.float32)
 
 
-def explored_range(space: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
-    """The space itself, but for CarRacing: a walk over whole pedals brakes the car to a stop.
+def walk_range(space: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray, float]:
+    """Low and high [A] of a random walk, and its step as a share s of that: crossed in 1 / s^2.
 
-    There the gas is pressed three quarters of the time and the brake one fifth, lightly.
+    It is the space itself but for CarRacing, where a slow walk over whole pedals soon leaves the
+    track: there the gas is pressed all the time and the brake one fifth of it, both lightly.
     """
     if space.shape == (3,):
-        return np.array([-1.0, -0.3, -1.6]), np.array([1.0, 1.0, 0.4])
-    return space.low.astype(float), space.high.astype(float)
+        return np.array([-0.8, 0.0, -1.6]), np.array([0.8, 0.4, 0.4]), 0.3
+    return space.low.astype(float), space.high.astype(float), 0.14
+
+
+class SwitchingPolicy:
+    """A uniform action, held until another is drawn, which happens at every step with a probability
+    of the episode's own, between 1/50 and 1: restless players and such that hardly stir.
+
+    M must have seen both: where nobody ever stays, it dreams that staying is safe.
+    """
+
+    LONGEST = 50  # steps that an action is held for in the calmest episodes, on average
+
+    def __init__(self, space: gym.spaces.Box):
+        self.space = space
+
+    def reset(self, seeds: Sequence[int]) -> None:
+        self.generators = [episode_generator(seed, 0) for seed in seeds]
+        self.switching = [self.LONGEST ** -g.uniform() for g in self.generators]
+        self.actions = [self._draw(g) for g in self.generators]
+
+    def __call__(self, observation: np.ndarray) -> np.ndarray:
+        for number, (g, probability) in enumerate(
+            zip(self.generators, self.switching, strict=True)
+        ):
+            if g.uniform() < probability:
+                self.actions[number] = self._draw(g)
+        return np.stack(self.actions).astype(np.float32)
+
+    def _draw(self, generator: np.random.Generator) -> np.ndarray:
+        return generator.uniform(self.space.low, self.space.high)
 
 
 class RandomLinearPolicy:
@@ -127,12 +155,17 @@ class RandomLinearPolicy:
 RANDOM_POLICIES = {
     "uniform": UniformPolicy,
     "brownian": BrownianPolicy,
+    "switching": SwitchingPolicy,
     "linear": RandomLinearPolicy,
 }
 
 
 class NoisyPolicy:
-    """Another policy with Gaussian noise of standard deviation `scale` on every action."""
+    """Another policy with Gaussian noise on every action.
+
+    The noise's standard deviation is drawn for each episode, up to `scale`: there are careful and
+    wild ones.
+    """
 
     def __init__(self, policy: Policy, scale: float, space: gym.spaces.Box):
         self.policy, self.scale, self.space = policy, scale, space
@@ -140,9 +173,13 @@ class NoisyPolicy:
     def reset(self, seeds: Sequence[int]) -> None:
         self.policy.reset(seeds)
         self.generators = [episode_generator(seed, 1) for seed in seeds]
+        self.scales = [g.uniform(0.0, self.scale) for g in self.generators]
 
     def __call__(self, observation: Any) -> np.ndarray:
         action = np.asarray(self.policy(observation))
-        noise = [g.normal(0.0, self.scale, self.space.shape) for g in self.generators]
+        noise = [
+            g.normal(0.0, scale, self.space.shape)
+            for g, scale in zip(self.generators, self.scales, strict=True)
+        ]
         noisy = action + np.stack(noise)
         return np.clip(noisy, self.space.low, self.space.high).astype(np.float32)

@@ -123,7 +123,7 @@ class AgentPlayer:
 
     Args:
         weights: another controller's weights [n] in place of the agent's.
-        noise: standard deviation of Gaussian noise on the actions.
+        noise: the most standard deviation of Gaussian noise on the actions (see NoisyPolicy).
     """
 
     folder: Path
