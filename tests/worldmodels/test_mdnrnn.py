@@ -157,6 +157,31 @@ def test_stepping_one_by_one_equals_the_whole_sequence(make_memory, cell):
         outputs.append(output)
     torch.testing.assert_close(torch.cat(outputs, 1), whole)
     torch.testing.assert_close(state, last)
+    again = model.zero_state(3)
+    for t in range(5):
+        again = model.step(latent[:, t], action[:, t], again)
+    torch.testing.assert_close(again, last)
+
+
+def test_m_that_is_told_moves_hears_of_a_third_of_the_axis_only(make_memory):
+    plain, told = make_memory(), make_memory(moves=True)
+    latent, state = torch.randn(6, 4), plain.zero_state(6)
+    action = torch.tensor([-1.0, -0.4, -0.3, 0.3, 0.4, 1.0])[:, None]
+    move = torch.tensor([-1.0, -1.0, 0.0, 0.0, 1.0, 1.0])[:, None]
+    torch.testing.assert_close(told.step(latent, action, state), plain.step(latent, move, state))
+    several = latent[:, None].expand(-1, 3, -1), action[:, None].expand(-1, 3, -1)
+    moves = move[:, None].expand(-1, 3, -1)
+    torch.testing.assert_close(told(*several), plain(several[0], moves))
+    lengths = torch.full((6,), 2)
+    warmed = told.warm_up(*several, lengths), plain.warm_up(several[0], moves, lengths)
+    torch.testing.assert_close(*warmed)
+
+
+def test_a_dream_tells_m_the_move(make_agent):
+    envs = make_agent("takecover", memory={"moves": True}).dreams(2)
+    envs.reset(seed=[3, 3])
+    features, *_ = envs.step(torch.tensor([[0.4], [1.0]]))
+    torch.testing.assert_close(features[0], features[1])
 
 
 @CELLS

@@ -52,7 +52,7 @@ class LatentEnv(VectorWrapper):
     @torch.inference_mode()
     def step(self, actions: Any):
         actions = torch.as_tensor(actions)
-        _, self.state = self.memory.advance(self.latent[:, None], actions[:, None], self.state)
+        self.state = self.memory.step(self.latent, actions, self.state)
         frames, reward, terminated, truncated, info = self.env.step(actions.numpy())
         return self._see(frames), reward, terminated, truncated, info
 

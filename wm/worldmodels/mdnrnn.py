@@ -28,6 +28,7 @@ class MemoryConfig:
     mixtures: int = bounded(5, 1)
     mixture: Literal["joint", "factored"] = "factored"  # one weight a vector, or one a dimension
     latents: Literal["sample", "mean"] = "sample"  # of V's posterior: the paper, the lecture
+    moves: bool = False  # M is told -1, 0 or 1 for an action: all that take-cover makes of it
     reward_head: bool = True
     reward_weight: float = bounded(1.0, 0.0)
     end_head: bool = True
@@ -37,7 +38,8 @@ class MemoryConfig:
     clip: float = bounded(1.0, 0.0)  # of the gradient's norm
     batch: int = bounded(32, 1)
     length: int = bounded(128, 2)  # actions of a training segment
-    steps: int = bounded(2000, 1)  # in each round
+    steps: int = bounded(2000, 1)  # in the first round
+    later_steps: int = bounded(500, 1)  # in each later one
     precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"  # of the recurrent layer only
 
 
@@ -124,15 +126,31 @@ class MDNRNN(L.LightningModule):
         zeros = torch.zeros(1, batch, self.config.hidden, device=self.device)
         return (zeros, zeros) if self.config.cell == "lstm" else (zeros,)
 
+    def told(self, action: Tensor) -> Tensor:
+        """What M is told of an action [...,A]: the game moves only beyond a third of the axis."""
+        return (action > 1 / 3).float() - (action < -1 / 3).float() if self.config.moves else action
+
     def advance(self, latent: Tensor, action: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Hidden outputs [B,T,H] and the state after T steps from latents and actions [B,T,.]."""
         packed = state if state is None or self.config.cell == "lstm" else state[0]
-        output, packed = self.rnn(torch.cat([latent, action], dim=-1), packed)
+        output, packed = self.rnn(torch.cat([latent, self.told(action)], dim=-1), packed)
         return output, packed if self.config.cell == "lstm" else (packed,)
+
+    def step(self, latent: Tensor, action: Tensor, state: State) -> State:
+        """The state after one step from latents and actions [B,.]: `advance`, without its set-up.
+
+        For a few games at a time, where the recurrent layer's own preparations take most of it.
+        """
+        rnn, inputs = self.rnn, torch.cat([latent, self.told(action)], dim=-1)
+        weights = rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0
+        if self.config.cell == "gru":
+            return (torch.gru_cell(inputs, state[0][0], *weights)[None],)
+        hidden, cell = torch.lstm_cell(inputs, (state[0][0], state[1][0]), *weights)
+        return hidden[None], cell[None]
 
     def warm_up(self, latent: Tensor, action: Tensor, lengths: Tensor) -> State:
         """The states after `lengths` [B] steps of padded latents and actions [B,T,.]."""
-        inputs = torch.cat([latent, action], dim=-1)
+        inputs = torch.cat([latent, self.told(action)], dim=-1)
         packed = pack_padded_sequence(
             inputs, lengths.clamp(min=1), batch_first=True, enforce_sorted=False
         )
