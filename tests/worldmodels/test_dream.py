@@ -9,7 +9,7 @@ from gymnasium.utils.env_checker import check_env
 
 import wm  # noqa: F401 (registers the dreams)
 from wm.rollout import UniformPolicy, rollout
-from wm.worldmodels.dream import NOISE_STEPS
+from wm.worldmodels.dream import FAINT, NOISE_STEPS
 from wm.worldmodels.engine import dream_step
 
 GAMES = pytest.mark.parametrize(
@@ -30,8 +30,8 @@ def dream(envs, seeds, actions):
 def end_logit(make_agent):
     """end_logit(value): an agent whose M always gives this logit to an end."""
 
-    def make(value, **changes):
-        agent = make_agent(memory={"end_weight": 10.0}, **changes)
+    def make(value, memory=None, **changes):
+        agent = make_agent(memory={"end_weight": 10.0, **(memory or {})}, **changes)
         torch.nn.init.zeros_(agent.memory.end_head.weight)
         torch.nn.init.constant_(agent.memory.end_head.bias, value)
         return agent
@@ -139,6 +139,29 @@ def test_a_dream_that_never_ends_goes_on_however_certain_the_end(end_logit):
     assert envs.latent.any(dim=1).all()
 
 
+def test_expected_ends_pay_the_probability_of_having_lived_so_long(end_logit):
+    survival = {"game": "takecover", "memory": {"reward_head": False}}
+    agent = end_logit(math.log(10 * 0.3 / 0.7), end="expected", **survival)
+    _, rewards, ended = dream(agent.dreams(3), [0, 1, 2], torch.zeros(14, 1))
+    lived = 0.7 ** torch.arange(14.0)
+    torch.testing.assert_close(rewards, lived[:, None].expand(-1, 3))
+    assert ended.any(1).tolist() == [0.7 ** (step + 1) < FAINT for step in range(14)]
+
+
+def test_expected_ends_give_the_mean_return_of_drawn_ones_with_less_spread(make_agent):
+    agent = make_agent("takecover", memory={"reward_head": False}, horizon=100)
+    torch.nn.init.normal_(agent.memory.end_head.weight)  # the probability changes from step to step
+    agent.memory.end_head.bias.data.fill_(-1.0)
+    seeds = list(range(3000))
+    drawn, expected = (
+        rollout(agent.dreams(len(seeds), end=end), agent.controller(), seeds).returns
+        for end in ("calibrated", "expected")
+    )
+    error = drawn.std() / len(seeds) ** 0.5
+    assert expected.mean().item() == pytest.approx(drawn.mean().item(), abs=4 * error.item())
+    assert expected.std() < 0.5 * drawn.std()
+
+
 @pytest.mark.parametrize("end", ["weighted", "calibrated", "threshold"])
 @pytest.mark.parametrize(("logit", "ends"), [(1000.0, True), (-1000.0, False)])
 def test_a_certain_end_head_ends_at_once_or_never(end_logit, end, logit, ends):
@@ -157,9 +180,11 @@ def test_an_unsure_end_head_is_sampled_or_thresholded(end_logit, end, share):
     assert ended.float().mean().item() == pytest.approx(share, abs=0.04)
 
 
-def test_leaving_ended_dreams_out_changes_no_other(make_agent, monkeypatch):
-    agent = make_agent(horizon=100)
-    torch.nn.init.constant_(agent.memory.end_head.bias, -2.0)  # a dream ends after about 8 steps
+@pytest.mark.parametrize(("end", "bias"), [("weighted", -2.0), ("expected", 0.0)])
+def test_leaving_ended_dreams_out_changes_no_other(make_agent, monkeypatch, end, bias):
+    agent = make_agent(horizon=100, end=end)
+    torch.nn.init.normal_(agent.memory.end_head.weight)
+    torch.nn.init.constant_(agent.memory.end_head.bias, bias)
     candidates = agent.controller(torch.randn(4, len(agent.weights)))
     seeds = list(range(30)) * 4
     envs = agent.dreams(len(seeds))

@@ -24,7 +24,9 @@ class ControllerConfig:
     temperature: float = bounded(1.0, 1e-6)  # of the dream
     horizon: int = bounded(1000, 1)  # actions after which a dream is cut
     start: Literal["any", "first"] = "any"  # dreams begin anywhere in real episodes, or at starts
-    end: Literal["weighted", "calibrated", "threshold", "never"] = "weighted"  # see dream.DreamEnv
+    end: Literal["weighted", "calibrated", "expected", "threshold", "never"] = (
+        "weighted"  # DreamEnv
+    )
     action_noise: float = bounded(0.0, 0.0)  # deviation on C's actions in the dream, as in the data
     precision: Literal["32-true", "bf16-true"] = "32-true"  # of the dream's matrix products
     part: int = bounded(512, 1)  # dreams that a process steps together; smaller use more cores

@@ -24,6 +24,7 @@ from wm.worldmodels.starts import Starts
 from wm.worldmodels.vae import ConvVAE, to_frames
 
 KEPT_SHARE = 7 / 8  # of dreams that go on; below it, those that have ended are left out
+FAINT = 0.01  # a dream is over when it is less likely than this to have lived so long
 NOISE_STEPS = 64  # drawn at a time
 
 
@@ -37,8 +38,10 @@ class DreamEnv(VectorEnv):
     A dream ends as M's end head says (config.end): "threshold" where its output is above 0.5 (the
     original code); "calibrated" with the probability of real life; "weighted" with its output as it
     was trained, ends weighted: a dream about as many times deadlier than life, meant to leave C
-    less to exploit where M has lost sight of a danger (not yet shown to transfer better). "never":
-    it goes on to the horizon.
+    less to exploit where M has lost sight of a danger (not yet shown to transfer better).
+    "expected": no end is drawn; a step pays its reward times the probability of having lived so
+    long, which has the mean of "calibrated" returns without the chance of when a dream ends.
+    "never": it goes on to the horizon.
 
     Args:
         config: features, temperature, horizon, start and end of the dream.
@@ -90,6 +93,7 @@ class DreamEnv(VectorEnv):
         self.latent, self.state = self.starts.pick(start)
         self.active = torch.arange(self.num_envs)  # the dreams that are computed
         self.ended = torch.zeros(self.num_envs, dtype=torch.bool)  # of those
+        self.alive = torch.ones(self.num_envs)  # the probability of it
         self.steps = 0
         return self.features(self.latent, self.state), {}
 
@@ -101,15 +105,16 @@ class DreamEnv(VectorEnv):
         noise, mixtures = self.noise.at(self.steps), self.memory.config.mixtures
         if self.config.action_noise:
             actions = self._disturb(actions, noise.action[self.index])
-        now = (self.latent, actions, self.state)
-        self.latent, self.state, *outcome = self.advance(
+        now = (self.latent, self.memory.told(actions), self.state)
+        self.latent, self.state, observation, reward, end = self.advance(
             self.weights, mixtures, self.features, self.temperature, *now, noise, self.index
         )
         self.steps += 1
+        reward, terminated = self._live_on(reward, end, noise.bar[self.index])
         truncated = torch.full((self.num_envs,), self.steps >= self.config.horizon)
-        observation, reward, terminated = map(self._among_all, outcome)
-        self._leave_out(outcome[-1])
-        return observation, reward, terminated, truncated, {}
+        everywhere = [self._among_all(values) for values in (observation, reward, terminated)]
+        self._leave_out(terminated)
+        return *everywhere, truncated, {}
 
     @torch.inference_mode()
     def render(self) -> list[np.ndarray]:
@@ -120,15 +125,26 @@ class DreamEnv(VectorEnv):
         """Actions as in the collected data, where a controller's are noisy too."""
         return (actions + self.config.action_noise * noise).clamp(*self.limits)
 
+    def _live_on(self, reward: Tensor, end: Tensor, bar: Tensor) -> tuple[Tensor, Tensor]:
+        """What a step pays and which dreams it ends, from M's reward and end logit [N]."""
+        if self.config.end != "expected":
+            return reward, end > bar
+        reward = reward * self.alive
+        self.alive = self.alive * (self.calibration - end).sigmoid()
+        return reward, self.alive < FAINT
+
+    @property
+    def calibration(self) -> float:
+        """What a weighted end logit lies above that of the probability of real life."""
+        return math.log(self.memory.config.end_weight)
+
     def _bar(self, uniform: Tensor) -> Tensor:
         """What an end logit must exceed: u < sigmoid(logit) means logit > log(u / (1 - u))."""
         if self.config.end == "never":
             return torch.full_like(uniform, torch.inf)
         if self.config.end == "threshold":
             return torch.zeros_like(uniform)
-        calibrated = self.config.end == "calibrated"
-        weight = self.memory.config.end_weight if calibrated else 1.0
-        return uniform.logit() + math.log(weight)
+        return uniform.logit() + self.calibration * (self.config.end == "calibrated")
 
     def _among_all(self, values: Tensor) -> Tensor:
         """Values of the dreams that are computed at their places among all, zeros elsewhere."""
@@ -143,7 +159,9 @@ class DreamEnv(VectorEnv):
         rest = self.ended.logical_not().nonzero().squeeze(1)
         if 1 < len(rest) < KEPT_SHARE * len(self.ended):
             self.active, self.index = self.active[rest], self.index[rest]
-            self.latent, self.ended = self.latent[rest], self.ended[rest]
+            self.latent, self.ended, self.alive = (
+                kept[rest] for kept in (self.latent, self.ended, self.alive)
+            )
             self.state = tuple(layer[:, rest] for layer in self.state)
 
     def _seeds(self, seed: int | Sequence[int] | None) -> np.ndarray:

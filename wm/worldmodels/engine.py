@@ -72,7 +72,7 @@ def dream_step(
     noise: Noise,
     index: Tensor,
 ) -> tuple[Tensor, State, Tensor, Tensor, Tensor]:
-    """The next latent [N,Z], M's next state, the features [N,F], reward and terminated [N].
+    """The next latent [N,Z], M's next state, the features [N,F], reward and end logit [N].
 
     Args:
         features: what C sees (see latent.FEATURES).
@@ -87,8 +87,7 @@ def dream_step(
     raw = F.linear(state[0][0].to(dtype), weights.heads) + weights.heads_bias
     mixture = unpack_mixture(raw[:, :-2], mixtures, latent.shape[1])
     latent = sample_mixture(*mixture, temperature, noise.uniform[index], noise.normal[index])
-    terminated = raw[:, -1] > noise.bar[index]
-    return latent, state, features(latent, state), raw[:, -2], terminated
+    return latent, state, features(latent, state), raw[:, -2], raw[:, -1]
 
 
 def lstm(gates: Tensor, state: State) -> State:
