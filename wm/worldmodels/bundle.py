@@ -14,7 +14,7 @@ from wm import WMError
 from wm.config import load
 from wm.files import shipped, write_atomically
 from wm.worldmodels.agent import Agent
-from wm.worldmodels.pipeline import Config, result_config, stages, summary
+from wm.worldmodels.pipeline import Config, result_config, scored_controller, stages, summary
 from wm.worldmodels.starts import Starts
 
 PRETRAINED = shipped("pretrained")
@@ -44,7 +44,7 @@ def bundle(words: Sequence[str]) -> None:
     if missing := [stage.label for stage in graph if not stage.done]:
         raise WMError(f"{missing[0]} is not done; `wm run {' '.join(words)}` does it")
     folder = PRETRAINED / config.env.name
-    controller = [stage for stage in graph if stage.name == "controller"][-1]
+    controller = scored_controller(graph)
     halved(Agent.load(controller.folder / "agent")).save(folder)
     about: dict[str, Any] = {
         "command": f"wm run {' '.join(words)}",

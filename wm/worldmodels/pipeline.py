@@ -28,13 +28,13 @@ from wm.worldmodels.vae import VisionConfig
 
 PARITY_SEEDS = 20
 VERSIONS = {  # raised when a stage's code changes what the stage makes
-    "collect": 1,
+    "collect": 2,
     "vision": 2,
     "memory": 1,
     "controller": 2,
     "baseline": 2,
     "agent": 1,
-    "evaluate": 2,
+    "evaluate": 3,
     "report": 1,
 }
 
@@ -66,28 +66,42 @@ class Config:
 
 def stages(config: Config) -> list[Stage]:
     """The pipeline as a graph, in order; what a stage is given is what its fingerprint covers."""
-    env, vision, memory, seed = config.env, config.vision, config.memory, config.seed
+    env, seed = config.env, config.seed
     make = partial(_stage, config)
     graph: list[Stage] = []
     data, V, M, C = {}, {}, {}, {}  # the newest stages by role: all data, one of each model
     for r in range(config.rounds):
-        playing = config.collect if r else replace(config.collect, noise=CollectConfig.noise)
-        collection = {"env": env, "collection": playing, "seed": seed, "round": r}
+        now = config if r else without_later(config)
+        vision, memory = now.vision, now.memory
+        collection = {"env": env, "collection": now.collect, "seed": seed, "round": r}
         collect = make("collect", work.collect_episodes, C, collection, r)
         data = {**data, collect.label: collect}
         seen = {"vision": vision, "seed": seed}
         V = {"vision": make("vision", work.train_vision, data | V, seen, r)}
         remembered = {"env": env, "vision": vision, "memory": memory, "seed": seed}
         M = {"memory": make("memory", work.train_memory, data | V | M, remembered, r)}
-        evolved = {"config": config.agent, "seed": seed, "round": r}
+        evolved = {"config": now.agent, "seed": seed, "round": r}
         C = {"controller": make("controller", work.evolve_controller, data | V | M | C, evolved, r)}
         graph += [collect, V["vision"], M["memory"], C["controller"]]
     evaluation = {"env": env, "evaluation": config.evaluate}
     graph.append(make("baseline", work.play_baseline, {}, baseline(config)))
-    graph.append(make("evaluate", work.evaluate_agent, C, evaluation))
+    every = {stage.label: stage for stage in graph if stage.name == "controller"}
+    judged = every if config.controller.keep == "best" else C
+    graph.append(make("evaluate", work.evaluate_agent, judged, evaluation))
     everything = {stage.label: stage for stage in graph}
     graph.append(make("report", report.write_report, everything, {"config": result_config(config)}))
     return graph
+
+
+def without_later(config: Config) -> Config:
+    """With the defaults of what concerns later rounds only, so that the first can be shared."""
+    later = {"later_episodes": CollectConfig.later_episodes, "noise": CollectConfig.noise}
+    return replace(
+        config,
+        collect=replace(config.collect, **later),
+        vision=replace(config.vision, later_steps=VisionConfig.later_steps),
+        memory=replace(config.memory, later_steps=MemoryConfig.later_steps),
+    )
 
 
 def baseline(config: Config) -> dict[str, Any]:
@@ -125,8 +139,7 @@ def run(words: Sequence[str]) -> None:
     with open_tracker(config, graph) as tracker:
         for stage in graph:
             run_stage(stage, tracker, f"wm {stage.name} {' '.join(words)}")
-        controllers = [stage for stage in graph if stage.name == "controller"]
-        tracker.summarise(summary(graph), controllers[-1].record["run_id"])
+        tracker.summarise(summary(graph), scored_controller(graph).record["run_id"])
     print_results(config, graph)
 
 
@@ -197,6 +210,13 @@ def compare_simulators(run: str | None, words: Sequence[str]) -> None:
 def open_tracker(config: Config, graph: Sequence[Stage], run_id: str | None = None) -> Tracker:
     """The parent run of this configuration, one for each fingerprint of its last stage."""
     return Tracker(Path(config.runs), result_config(config), graph[-1].fingerprint, run_id)
+
+
+def scored_controller(graph: Sequence[Stage]) -> Stage:
+    """Of all rounds' controllers that whose agent `evaluate` has scored."""
+    (evaluate,) = (stage for stage in graph if stage.name == "evaluate")
+    folders = {role: stage.folder for role, stage in evaluate.inputs.items()}
+    return evaluate.inputs[work.best_round(folders)]
 
 
 def summary(graph: Sequence[Stage]) -> dict[str, float]:

@@ -30,7 +30,8 @@ class VisionConfig:
     motion_weight: float = bounded(0.0, 0.0)  # extra weight of pixels that have just changed
     learning_rate: float = bounded(1e-4, 0.0)  # as in the original code
     batch: int = bounded(100, 1)
-    steps: int = bounded(3000, 1)  # in each round
+    steps: int = bounded(3000, 1)  # in the first round
+    later_steps: int = bounded(500, 0)  # in each later one; 0: V stays as it is
     precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
 
 

@@ -77,14 +77,13 @@ def collect_episodes(
     round: int,
 ) -> Facts:
     """Play with a random policy, in later rounds with the newest controller and noise."""
-    player = RandomPlayer(collection.policy)
-    if "controller" not in inputs:
-        env = replace(env, max_steps=min(collection.max_steps or env.max_steps, env.max_steps))
-    else:
+    player, episodes = RandomPlayer(collection.policy), collection.episodes
+    if "controller" in inputs:
+        episodes = collection.later_episodes
         player = AgentPlayer(inputs["controller"] / "agent", noise=collection.noise)
-    seeds = training_seeds(seed, round, collection.episodes)
+    seeds = training_seeds(seed, round, episodes)
     with Workers(trainer.workers) as workers, run.busy():
-        collect(env, player, seeds, folder, workers, collection.simulator)
+        collect(env, player, seeds, folder, workers, collection)
     facts = EpisodeStore([folder]).summary()
     facts["steps"] *= env.repeat  # of the game, a few too many where an end cut a held action
     return {f"collect/{name}": value for name, value in facts.items()}
@@ -106,20 +105,31 @@ def train_vision(
 ) -> Facts:
     """Train V on frames of all rounds, then encode every frame once."""
     L.seed_everything(seed, verbose=False)
-    store, model = collected(inputs), ConvVAE(vision, seed)
+    store, known = collected(inputs), None
+    if "vision" in inputs:
+        vision = replace(vision, steps=vision.later_steps)
+    model = ConvVAE(vision, seed)
     if "vision" in inputs:
         load_weights(model, inputs["vision"] / "vision.safetensors")
-    data = frames_data(store, vision, seed, EPOCH_STEPS)
-    fit(model, data, folder, trainer, run.loggers, vision.precision, callbacks=[Busy(run)])
+    if vision.steps:
+        data = frames_data(store, vision, seed, EPOCH_STEPS)
+        fit(model, data, folder, trainer, run.loggers, vision.precision, callbacks=[Busy(run)])
+    else:  # it sees what earlier rounds have seen as they did
+        known = Latents(inputs["vision"] / "latents")
     save_tensors(folder / "vision.safetensors", model.cpu().eval().state_dict())
     with run.busy():
-        encode_store(model, store, folder / "latents")
+        encode_store(model, store, folder / "latents", known)
     draw_vision(model, store, folder, run)
     return last_metrics(folder, "vision/val_", "vision/active")
 
 
-def encode_store(vision: ConvVAE, store: EpisodeStore, folder: Path) -> None:
-    """Mean and log-variance of every frame of a store, in its order, as two .npy files."""
+def encode_store(
+    vision: ConvVAE, store: EpisodeStore, folder: Path, known: Latents | None = None
+) -> None:
+    """Mean and log-variance of every frame of a store, in its order, as two .npy files.
+
+    known: those of the first frames, if this V has seen them before.
+    """
     partial_folder = folder.with_name(f".{folder.name}")
     shutil.rmtree(partial_folder, ignore_errors=True)
     partial_folder.mkdir()
@@ -129,7 +139,12 @@ def encode_store(vision: ConvVAE, store: EpisodeStore, folder: Path) -> None:
         np.lib.format.open_memmap(partial_folder / f"{name}.npy", "w+", np.float32, shape)
         for name in names
     ]
-    starts = range(0, store.total_frames, ENCODE_BATCH)
+    first = 0
+    if known is not None:
+        first = len(known.mean)
+        for array, name in zip(arrays, names, strict=True):
+            array[:first] = getattr(known, name)
+    starts = range(first, store.total_frames, ENCODE_BATCH)
     for first in tqdm(starts, "encode", unit="batch"):
         numbers = np.arange(first, min(first + ENCODE_BATCH, store.total_frames))
         encoded = encode_frames(vision, store.frames(numbers))
@@ -168,6 +183,8 @@ def train_memory(
     """Train M on the latents of all rounds."""
     L.seed_everything(seed, verbose=False)
     store, latents = collected(inputs), Latents(inputs["vision"] / "latents")
+    if "memory" in inputs:
+        memory = replace(memory, steps=memory.later_steps)
     model = MDNRNN(memory, vision.latent, *action_space(env.name).shape, seed)
     if "memory" in inputs:
         load_weights(model, inputs["memory"] / "memory.safetensors")
@@ -344,8 +361,8 @@ def evaluate_agent(
     env: EnvConfig,
     evaluation: EvaluateConfig,
 ) -> Facts:
-    """The agent on the held-out seeds, and what it saw and dreamt in a median episode."""
-    player = AgentPlayer(inputs["controller"] / "agent")
+    """The best round's agent on the held-out seeds, and what it saw and dreamt in an episode."""
+    player = AgentPlayer(inputs[best_round(inputs)] / "agent")
     with Workers(trainer.workers) as workers, run.busy():
         outcomes = play_held_out(env, player, evaluation.episodes, workers, "agent")
     facts = _keep_score(outcomes, folder, run, "eval")
@@ -353,6 +370,18 @@ def evaluate_agent(
     (episode,) = record(as_vector(make_env(env)), player, [middle.seed])
     draw_life(Agent.load(player.folder), episode, folder, run)
     return facts
+
+
+def best_round(controllers: Inputs) -> str:
+    """The role of the controller with the highest validation score; one alone is that."""
+    if len(controllers) == 1:
+        return next(iter(controllers))
+    names = ("best", "mean", "score")
+
+    def validated(role: str) -> float:
+        return load_tensors(controllers[role] / "controllers.safetensors", names)[-1].item()
+
+    return max(controllers, key=validated)
 
 
 def _keep_score(outcomes: list[Outcome], folder: Path, run: StageRun, name: str) -> Facts:
