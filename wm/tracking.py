@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -141,7 +142,8 @@ class Tracker:
         self.uri, self.config, self.experiment = tracking_uri(runs), config, config["env"]["name"]
         self.client = MlflowClient(self.uri)
         self.versions = {name: version(name) for name in PACKAGES} | {"commit": git_commit()}
-        self.experiment_id = self._experiment(runs / "artifacts" / self.experiment)
+        with FileLock(runs / ".mlflow.lock"):  # two that make the database at once crash
+            self.experiment_id = self._experiment(runs / "artifacts" / self.experiment)
         name = f"{self.experiment}-{config['scale']}-seed{config['seed']}"
         self.run_id = run_id or self._run(name, {PIPELINE_TAG: fingerprint})
 
