@@ -20,7 +20,7 @@ from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
 from wm.worldmodels.starts import Starts
 from wm.worldmodels.vae import ConvVAE, VisionConfig
 
-POPULATION, EPISODES, HORIZON = 64, 16, 200
+POPULATION, EPISODES, HORIZON = 64, 16, 100
 SIZES = {"carracing": (32, 256, "zh"), "takecover": (64, 512, "zhc")}  # the paper's Z, H, features
 
 

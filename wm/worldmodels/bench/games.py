@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from wm.collect import collect
+from wm.collect import CollectConfig, collect
 from wm.envs import EnvConfig, validation_seeds
 from wm.episodes import EpisodeStore
 from wm.workers import Player, RandomPlayer, Workers
@@ -17,7 +17,7 @@ from wm.worldmodels.bench import plain
 from wm.worldmodels.bench.compare import Comparison, Rate, compare, quiet
 from wm.worldmodels.bench.dreams import SIZES, save_dreamer
 
-FAST = {game: EnvConfig(game, max_steps=300) for game in SIZES}
+FAST = {game: EnvConfig(game, max_steps=160) for game in SIZES}
 OFFICIAL = {game: replace(env, fast_drawing=False) for game, env in FAST.items()}
 
 
@@ -35,12 +35,13 @@ def played(workers: Workers, env: EnvConfig, player: Player, episodes: int = 8) 
 
 def collected(workers: Workers, env: EnvConfig, scratch: Path, simulator: str = "official") -> Rate:
     """Steps a second of `wm collect`: played and written to disk."""
+    config = CollectConfig(simulator=simulator)
 
     def measure() -> float:
         with tempfile.TemporaryDirectory(dir=scratch) as folder, quiet():
             path, player = Path(folder), RandomPlayer("brownian")
             started = time.perf_counter()
-            collect(env, player, validation_seeds(8), path, workers, simulator)
+            collect(env, player, validation_seeds(8), path, workers, config)
             seconds = time.perf_counter() - started
             return int(EpisodeStore([path]).steps.sum()) / seconds
 

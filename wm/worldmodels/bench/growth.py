@@ -42,7 +42,7 @@ def growth(workers: Workers, alone: Workers, scratch: Path) -> dict[str, dict[st
 
 
 def collect_seconds(alone: Workers, scratch: Path, episodes: int) -> float:
-    """Of so many episodes, 300 steps at most: played in one process and written to disk."""
+    """Of so many short episodes: played in one process and written to disk."""
     folder, seeds = scratch / f"{episodes} collected", validation_seeds(episodes)
     folder.mkdir()
     work = partial(collect, FAST["takecover"], RandomPlayer("brownian"), seeds, folder, alone)

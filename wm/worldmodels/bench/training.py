@@ -24,7 +24,7 @@ from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
 from wm.worldmodels.vae import ConvVAE, VisionConfig, encode_frames
 from wm.worldmodels.work import ENCODE_BATCH, encode_store
 
-SETTLING, TIMED = 10, 25  # training steps before the clock starts, and while it runs
+SETTLING, TIMED = 5, 15  # training steps before the clock starts, and while it runs
 Loggers = list[Any]
 
 
