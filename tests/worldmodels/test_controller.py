@@ -56,12 +56,13 @@ def test_weights_are_each_layers_matrix_then_its_bias(hidden, bias):
 def test_actions_stay_in_the_games_space_for_any_raw_output(game, gas_limit):
     space, extremes = action_space(game), [-torch.inf, -1e30, -1.0, 0.0, 1.0, 1e30, torch.inf]
     raw = torch.tensor(list(itertools.product(extremes, repeat=space.shape[0])))
-    actions = squash(raw, game, gas_limit)
+    actions = squash(raw, game, gas_limit, drag=0.05)
     assert all(space.contains(action.numpy()) for action in actions)
     torch.testing.assert_close(actions[:, 0].unique(), raw[:, 0].tanh().unique())  # full range
     if game == "carracing":
         assert actions[:, 1].max().item() == pytest.approx(gas_limit)
         assert actions[:, 2].max() == 1.0
+        assert actions[:, 2].min().item() == pytest.approx(0.05)
 
 
 def test_a_wrong_number_of_weights_is_refused():

@@ -5,6 +5,7 @@ Ha & Schmidhuber 2018, section A.3. P candidates, E episodes each, F features, A
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ class ControllerConfig:
     bias: bool = True
     hidden: int = bounded(0, 0)  # units of a tanh layer before the output; 0: linear
     gas_limit: float = bounded(1.0, 0.0, 1.0)  # the most gas C can give in CarRacing
+    drag: float = bounded(0.0, 0.0, 1.0)  # the least it brakes there, which bounds the speed
 
     fitness: Literal["dream", "real"] = "dream"  # where candidates are tried
     temperature: float = bounded(1.0, 1e-6)  # of the dream
@@ -57,15 +59,17 @@ def _layers(config: ControllerConfig, features: int, actions: int) -> list[tuple
     return [(actions, features)]
 
 
-def squash(raw: Tensor, game: str, gas_limit: float) -> Tensor:
-    """Raw outputs [...,A] to the game's action space, as in the paper.
+def squash(raw: Tensor, game: str, gas_limit: float = 1.0, drag: float = 0.0) -> Tensor:
+    """Raw outputs [...,A] to the game's action space, as in the paper but for the two bounds.
 
     CarRacing: tanh steering, sigmoid gas, tanh brake clipped at 0. Other games: tanh.
     """
     if game != "carracing":
         return raw.tanh()
     steering, gas, brake = raw.unbind(-1)
-    return torch.stack([steering.tanh(), gas_limit * gas.sigmoid(), brake.tanh().clamp(min=0)], -1)
+    return torch.stack(
+        [steering.tanh(), gas_limit * gas.sigmoid(), brake.tanh().clamp(min=drag)], dim=-1
+    )
 
 
 class Controller:
@@ -78,7 +82,8 @@ class Controller:
     def __init__(
         self, config: ControllerConfig, game: str, features: int, actions: int, weights: Tensor
     ):
-        self.game, self.gas_limit, self.layers = game, config.gas_limit, []
+        self.squash = partial(squash, game=game, gas_limit=config.gas_limit, drag=config.drag)
+        self.layers = []
         expected = parameter_count(config, features, actions)
         if weights.shape[-1] != expected:
             raise ValueError(f"the controller has {expected} weights, not {weights.shape[-1]}")
@@ -98,4 +103,4 @@ class Controller:
         x = features.unflatten(0, (population, -1))
         for number, (matrix, bias) in enumerate(self.layers):
             x = torch.baddbmm(bias, x.tanh() if number else x, matrix)
-        return squash(x.flatten(0, 1), self.game, self.gas_limit)
+        return self.squash(x.flatten(0, 1))
