@@ -96,7 +96,8 @@ def test_random_actions_fill_the_action_space_and_stay_in_it(kind, game):
     assert actions.dtype == np.float32
     assert all(space.contains(action) for action in actions)
     low, high = np.quantile(actions, [0.02, 0.98], axis=0)
-    assert (low <= space.low + 0.45).all()  # a car's walk steers gently
+    gentle = kind == "brownian" and game == "carracing"
+    assert (low <= space.low + (0.3 if gentle else 0.1)).all()
     assert (high > 0.25).all()
 
 

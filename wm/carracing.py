@@ -36,7 +36,6 @@ class CarRacing(official.CarRacing):
 
     def draw(self) -> np.ndarray:
         """The frame of now; the score on its dashboard is newer than that of a step's frame."""
-        self.drawing = True
         self.state = self._render("state_pixels")
         return self.state
 

@@ -20,6 +20,7 @@ from gymnasium.wrappers import TimeLimit
 from wm.config import bounded
 
 FRAME = (64, 64, 3)
+MOVE = 1 / 3  # take-cover: left below -MOVE, right above MOVE, else stay; the paper's thresholds
 FRAME_SPACE = gym.spaces.Box(0, 255, FRAME, np.uint8)
 STEPS_PER_SECOND = {"carracing": 50, "takecover": 35, "tiny": 20}  # as a person would play
 
@@ -89,9 +90,9 @@ class HeldAction(gym.Wrapper):
             total += reward
             if terminated or truncated:
                 break
-        if not game.drawing and hasattr(game, "draw"):
-            frame = game.draw()
         game.drawing = True
+        if left and hasattr(game, "draw"):  # it ended before its last step
+            frame = game.draw()
         return frame, total, terminated, truncated, info
 
 
@@ -124,7 +125,7 @@ def car_racing(config: EnvConfig) -> gym.Env:
 class TakeCover(gym.Env):
     """ViZDoom's take-cover: dodge fireballs; the return is the survival in tics.
 
-    One action in [-1,1]: below -1/3 left, above 1/3 right, else stay (the paper's thresholds).
+    One action in [-1,1], of which MOVE makes three moves.
     """
 
     SKILL = 4
@@ -161,7 +162,7 @@ class TakeCover(gym.Env):
 
     def step(self, action: np.ndarray):
         move = float(action[0])
-        reward = self.game.make_action([move < -1 / 3, move > 1 / 3], self.repeat)
+        reward = self.game.make_action([move < -MOVE, move > MOVE], self.repeat)
         dead = self.game.is_player_dead()
         finished = self.game.is_episode_finished()
         if not finished:  # a finished game has no picture: the last one stands

@@ -14,7 +14,7 @@ from gymnasium.wrappers import TimeLimit
 
 from wm.collect import SHARD_EPISODES, record
 from wm.envpool import EnvPoolGames
-from wm.envs import CroppedFrame, EnvConfig, as_vector
+from wm.envs import CroppedFrame, EnvConfig, HeldAction, as_vector
 from wm.episodes import Episode
 from wm.evaluate import score
 from wm.workers import Player, Workers, time_limit
@@ -55,7 +55,8 @@ class Pair:
 
 def compare(env: EnvConfig, player: Player, seeds: Sequence[int]) -> list[Pair]:
     """Play the seeds in both."""
-    game = CroppedFrame(TimeLimit(SameTracks(), env.max_steps), env.crop)
+    held = HeldAction(TimeLimit(SameTracks(), env.max_steps), env.repeat)
+    game = CroppedFrame(held, env.crop)
     official = record(as_vector(game), player, seeds)
     envpool = record(EnvPoolGames(env, len(seeds)), player, seeds)
     return [pair(*both) for both in zip(official, envpool, strict=True)]

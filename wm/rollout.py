@@ -90,7 +90,8 @@ class BrownianPolicy:
     def __call__(self, observation: np.ndarray) -> np.ndarray:
         walk = self.walk + np.stack([g.normal(0.0, self.deviation) for g in self.generators])
         walk = np.where(walk > self.high, 2 * self.high - walk, walk)
-        self.walk = np.where(walk < self.low, 2 * self.low - walk, walk)
+        walk = np.where(walk < self.low, 2 * self.low - walk, walk)
+        self.walk = np.clip(walk, self.low, self.high)  # a step may be longer than the range
         return np.clip(self.walk, self.space.low, self.space.high).astype(np.float32)
 
 

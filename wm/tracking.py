@@ -140,9 +140,9 @@ class Tracker:
     ):
         runs.mkdir(parents=True, exist_ok=True)
         self.uri, self.config, self.experiment = tracking_uri(runs), config, config["env"]["name"]
-        self.client = MlflowClient(self.uri)
         self.versions = {name: version(name) for name in PACKAGES} | {"commit": git_commit()}
         with FileLock(runs / ".mlflow.lock"):  # two that make the database at once crash
+            self.client = MlflowClient(self.uri)
             self.experiment_id = self._experiment(runs / "artifacts" / self.experiment)
         name = f"{self.experiment}-{config['scale']}-seed{config['seed']}"
         self.run_id = run_id or self._run(name, {PIPELINE_TAG: fingerprint})

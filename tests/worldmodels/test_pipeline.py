@@ -192,12 +192,21 @@ def test_running_again_skips_every_stage(tiny, capsys):
         ("memory.mixtures=3", {"memory-0", "controller-0", "evaluate", "report"}),
         ("vision.latent=9", {"vision-0", "memory-0", "controller-0", "evaluate", "report"}),
         ("rounds=2", {"evaluate", "report"}),
+        ("collect.later_episodes=7", {"report"}),
+        ("vision.later_steps=7", {"report"}),
+        ("memory.later_steps=7", {"report"}),
     ],
 )
 def test_a_change_concerns_its_stage_and_those_below(change, again, tiny):
     before = {stage.label: stage.fingerprint for stage in tiny.graph()}
     after = {stage.label: stage.fingerprint for stage in tiny.graph(change)}
     assert {label for label in before if after[label] != before[label]} == again
+
+
+def test_the_last_round_is_scored_where_no_mean_is_chosen(tiny):
+    best, last = (tiny.stage("evaluate", "rounds=2", *w) for w in ([], ["controller.keep=mean"]))
+    assert [stage.label for stage in best.inputs.values()] == ["controller-0", "controller-1"]
+    assert [stage.label for stage in last.inputs.values()] == ["controller-1"]
 
 
 @pytest.mark.parametrize("change", ["seed=1", "collect.policy=uniform"])

@@ -31,7 +31,7 @@ def test_encoding_a_store_again_replaces_what_an_interrupted_run_left(tmp_path, 
     np.testing.assert_array_equal(Latents(tmp_path / "latents").mean, first)
 
 
-def test_a_v_that_stays_as_it_is_encodes_only_what_is_new(tmp_path, workers, monkeypatch):
+def test_a_v_that_stays_as_it_is_encodes_only_what_is_new(tmp_path, workers):
     folders = {f"collect-{r}": tmp_path / f"collect-{r}" for r in range(2)}
     for r, folder in enumerate(folders.values()):
         folder.mkdir()
@@ -43,7 +43,6 @@ def test_a_v_that_stays_as_it_is_encodes_only_what_is_new(tmp_path, workers, mon
     encode_store(model, old, first / "latents")
     np.save(first / "latents" / "mean.npy", np.full((old.total_frames, 4), 7, np.float32))
     run = SimpleNamespace(busy=nullcontext, log_file=lambda *names: None)
-    monkeypatch.setattr("wm.worldmodels.work.last_metrics", lambda *names: {})
     inputs = {**folders, "vision": first}
     train_vision(tmp_path, inputs, run, TrainerConfig(), vision=config, seed=0)
     latents = Latents(tmp_path / "latents").mean
@@ -61,6 +60,12 @@ def test_the_round_with_the_highest_validation_score_is_the_best(tmp_path):
         save_tensors(controllers[role] / "controllers.safetensors", tensors)
     assert best_round(controllers) == "controller-1"
     assert best_round({"agent": tmp_path}) == "agent"  # alone it needs no score
+
+
+def test_only_take_covers_actions_are_moves():
+    AgentConfig(EnvConfig("takecover"), memory=MemoryConfig(moves=True))
+    with pytest.raises(ConfigError, match=r"memory\.moves"):
+        AgentConfig(EnvConfig("carracing"), memory=MemoryConfig(moves=True))
 
 
 @pytest.mark.parametrize(

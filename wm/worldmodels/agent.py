@@ -38,6 +38,8 @@ class AgentConfig:
     def __post_init__(self) -> None:
         if self.controller.features == "zhc" and self.memory.cell == "gru":
             raise ConfigError("controller.features=zhc needs memory.cell=lstm: a GRU has no cell")
+        if self.memory.moves and self.env.name != "takecover":
+            raise ConfigError("memory.moves=true is for env=takecover, whose actions are moves")
         if self.controller.fitness == "dream":  # a dream must have something to tell good from bad
             head = "end_head" if self.env.name == "takecover" else "reward_head"
             if not getattr(self.memory, head):

@@ -27,9 +27,9 @@ class ControllerConfig:
     horizon: int = bounded(1000, 1)  # actions after which a dream is cut
     start: Literal["any", "first"] = "any"  # dreams begin anywhere in real episodes, or at starts
     end: Literal["weighted", "calibrated", "expected", "threshold", "never"] = (
-        "weighted"  # DreamEnv
+        "weighted"  # what ends a dream: see dream.DreamEnv
     )
-    action_noise: float = bounded(0.0, 0.0)  # deviation on C's actions in the dream, as in the data
+    action_noise: float = bounded(0.0, 0.0)  # standard deviation on C's actions in the dream
     precision: Literal["32-true", "bf16-true"] = "32-true"  # of the dream's matrix products
     part: int = bounded(512, 1)  # dreams that a process steps together; smaller use more cores
 

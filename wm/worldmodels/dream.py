@@ -93,7 +93,7 @@ class DreamEnv(VectorEnv):
         self.latent, self.state = self.starts.pick(start)
         self.active = torch.arange(self.num_envs)  # the dreams that are computed
         self.ended = torch.zeros(self.num_envs, dtype=torch.bool)  # of those
-        self.alive = torch.ones(self.num_envs)  # the probability of it
+        self.alive = torch.ones(self.num_envs)  # the probability of having lived so long
         self.steps = 0
         return self.features(self.latent, self.state), {}
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from wm.config import bounded
+from wm.envs import MOVE
 from wm.training import noise_generator
 
 LOG_SIGMA_RANGE = (-7.0, 7.0)
@@ -100,7 +101,10 @@ def sample_mixture(
 
 
 class MDNRNN(L.LightningModule):
-    """M. One recurrent layer serves training and dreaming: a dream's step is T = 1."""
+    """M. One recurrent layer serves training (`advance`), life (`step`) and dreams (the engine).
+
+    Tests hold the three to the same results.
+    """
 
     step_unit = "batch"
 
@@ -128,12 +132,15 @@ class MDNRNN(L.LightningModule):
 
     def told(self, action: Tensor) -> Tensor:
         """What M is told of an action [...,A]: the game moves only beyond a third of the axis."""
-        return (action > 1 / 3).float() - (action < -1 / 3).float() if self.config.moves else action
+        return (action > MOVE).float() - (action < -MOVE).float() if self.config.moves else action
+
+    def _inputs(self, latent: Tensor, action: Tensor) -> Tensor:
+        return torch.cat([latent, self.told(action)], dim=-1)
 
     def advance(self, latent: Tensor, action: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Hidden outputs [B,T,H] and the state after T steps from latents and actions [B,T,.]."""
         packed = state if state is None or self.config.cell == "lstm" else state[0]
-        output, packed = self.rnn(torch.cat([latent, self.told(action)], dim=-1), packed)
+        output, packed = self.rnn(self._inputs(latent, action), packed)
         return output, packed if self.config.cell == "lstm" else (packed,)
 
     def step(self, latent: Tensor, action: Tensor, state: State) -> State:
@@ -141,7 +148,7 @@ class MDNRNN(L.LightningModule):
 
         For a few games at a time, where the recurrent layer's own preparations take most of it.
         """
-        rnn, inputs = self.rnn, torch.cat([latent, self.told(action)], dim=-1)
+        rnn, inputs = self.rnn, self._inputs(latent, action)
         weights = rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0
         if self.config.cell == "gru":
             return (torch.gru_cell(inputs, state[0][0], *weights)[None],)
@@ -150,9 +157,11 @@ class MDNRNN(L.LightningModule):
 
     def warm_up(self, latent: Tensor, action: Tensor, lengths: Tensor) -> State:
         """The states after `lengths` [B] steps of padded latents and actions [B,T,.]."""
-        inputs = torch.cat([latent, self.told(action)], dim=-1)
         packed = pack_padded_sequence(
-            inputs, lengths.clamp(min=1), batch_first=True, enforce_sorted=False
+            self._inputs(latent, action),
+            lengths.clamp(min=1),
+            batch_first=True,
+            enforce_sorted=False,
         )
         _, state = self.rnn(packed)
         state = state if self.config.cell == "lstm" else (state,)

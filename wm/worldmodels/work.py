@@ -362,7 +362,9 @@ def evaluate_agent(
     evaluation: EvaluateConfig,
 ) -> Facts:
     """The best round's agent on the held-out seeds, and what it saw and dreamt in an episode."""
-    player = AgentPlayer(inputs[best_round(inputs)] / "agent")
+    chosen = best_round(inputs)
+    print(f"evaluate: the agent of {chosen}", flush=True)
+    player = AgentPlayer(inputs[chosen] / "agent")
     with Workers(trainer.workers) as workers, run.busy():
         outcomes = play_held_out(env, player, evaluation.episodes, workers, "agent")
     facts = _keep_score(outcomes, folder, run, "eval")
