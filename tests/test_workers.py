@@ -10,6 +10,7 @@ import pytest
 
 from wm import WMError
 from wm.envs import EnvConfig
+from wm.rollout import UniformPolicy
 from wm.workers import ATTEMPTS, RandomPlayer, Workers, play
 
 TINY = EnvConfig("tiny", max_steps=60)
@@ -78,3 +79,10 @@ def test_an_error_of_the_players_own_is_passed_on_and_not_retried(workers, tmp_p
     with pytest.raises(WMError, match="no such weights"):
         list(workers.map(partial(play, TINY, player), [[1]], timeout=3.0))
     assert len(player.diary.read_text()) == 1
+
+
+def test_a_player_who_never_looks_has_the_same_return_from_a_game_that_draws_nothing(monkeypatch):
+    env = EnvConfig("carracing", max_steps=20, fast_drawing=False)
+    unseen = play(env, RandomPlayer("uniform"), [1, 2])
+    monkeypatch.setattr(UniformPolicy, "blind", False)
+    assert play(env, RandomPlayer("uniform"), [1, 2]) == unseen

@@ -33,6 +33,8 @@ class CarRacing(official.CarRacing):
     """The official game in everything, but that it need not draw a frame that nobody sees."""
 
     drawing = True  # while it is false, steps give the frame that was drawn last
+    watched = True  # while it is false, nothing is drawn at all
+    state = np.zeros((official.STATE_H, official.STATE_W, 3), np.uint8)
 
     def draw(self) -> np.ndarray:
         """The frame of now; the score on its dashboard is newer than that of a step's frame."""
@@ -40,7 +42,8 @@ class CarRacing(official.CarRacing):
         return self.state
 
     def _render(self, mode: str):
-        return super()._render(mode) if self.drawing or mode != "state_pixels" else self.state
+        unseen = not (self.drawing and self.watched)
+        return self.state if unseen and mode == "state_pixels" else super()._render(mode)
 
 
 class FastCarRacing(CarRacing):
@@ -59,7 +62,7 @@ class FastCarRacing(CarRacing):
         return created
 
     def _render(self, mode: str):
-        if mode != "state_pixels" or self.car is None or not self.drawing:
+        if mode != "state_pixels" or self.car is None or not (self.drawing and self.watched):
             return super()._render(mode)
         self.surf = self.window
         self._draw_scene()  # upside down: its first rows would end up behind the dashboard

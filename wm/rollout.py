@@ -61,6 +61,8 @@ def episode_generator(seed: int, *key: int) -> np.random.Generator:
 class UniformPolicy:
     """A fresh uniform action at every step: the random policy of the published tables."""
 
+    blind = True  # it never looks at a frame
+
     def __init__(self, space: gym.spaces.Box):
         self.space = space
 

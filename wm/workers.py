@@ -56,6 +56,7 @@ def play(env: EnvConfig, player: Player, seeds: Sequence[int]) -> list[Outcome]:
     game = as_vector(make_env(env))
     try:
         envs, policy = player(game)
+        game.envs[0].unwrapped.watched = not getattr(policy, "blind", False)
         return [_outcome(envs, policy, seed, env.repeat) for seed in seeds]
     finally:
         game.close()
