@@ -23,10 +23,10 @@ $(VENV)/tested: $(VENV)/installed
 demo: setup  ## take-cover at a small scale, from the first frame to a score (10 minutes)
 	$(WM) run env=takecover scale=demo $(ARGS)
 
-carracing: setup  ## the full CarRacing pipeline (up to two hours on 2 cores)
+carracing: setup  ## the full CarRacing pipeline (up to an hour on 2 cores)
 	$(WM) run env=carracing scale=laptop $(ARGS)
 
-takecover: setup  ## the full take-cover pipeline (up to two hours on 2 cores)
+takecover: setup  ## the full take-cover pipeline (up to half an hour on 2 cores)
 	$(WM) run env=takecover scale=laptop $(ARGS)
 
 bench: setup  ## time the parts beside what they are measured against (under 10 minutes)

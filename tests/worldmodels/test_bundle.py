@@ -1,14 +1,17 @@
 """Pretrained agents: whole but for half of the digits, and named when there is none."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from wm import WMError
 from wm.rollout import rollout
+from wm.workers import play
 from wm.worldmodels import bundle
-from wm.worldmodels.agent import Agent
+from wm.worldmodels.agent import Agent, AgentPlayer
 from wm.worldmodels.starts import Starts
 
 
@@ -39,6 +42,17 @@ def test_a_halved_agent_dreams(saved, tmp_path):
     agent = Agent.load(tmp_path / "half")
     result = rollout(agent.dreams(4), agent.controller(), range(4))
     assert result.returns.isfinite().all() and (result.steps > 0).all()
+
+
+@pytest.mark.parametrize("game", ["carracing", "takecover"])
+def test_the_agents_that_come_with_the_project_are_small_and_play(game):
+    folder = Path(bundle.pretrained(game))
+    assert folder_bytes(folder) < 12e6
+    env = replace(Agent.load(folder).config.env, max_steps=40)
+    (outcome,) = play(env, AgentPlayer(folder), [1])
+    assert outcome.steps == 40 and outcome.episode_return > 0
+    about = OmegaConf.load(folder / "about.yaml")
+    assert game in about.command and about["results before it was halved"]["eval/mean"] > 600
 
 
 def test_a_game_without_a_pretrained_agent_is_told_which_there_are(saved, tmp_path, monkeypatch):
