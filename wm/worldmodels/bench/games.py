@@ -57,7 +57,7 @@ def games(workers: Workers, alone: Workers, scratch: Path) -> Iterator[Compariso
         player = AgentPlayer(scratch / game)
         sides = (played(pool, OFFICIAL[game], player) for pool in (workers, alone))
         yield compare(f"evaluate, {game}", "in one process", "step", *sides, 1.8)
-    random, car = RandomPlayer("uniform"), "carracing"
+    random, car = RandomPlayer("brownian"), "carracing"  # one who could look: else nothing is drawn
     sides = (played(alone, kind[car], random, 2) for kind in (FAST, OFFICIAL))
     yield compare("carracing, our drawing", "Gymnasium's, the same pixels", "step", *sides, 2)
     theirs = partial(plain.play_async, OFFICIAL[car], workers.count, 600)
