@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from wm.envs import EnvConfig, held_out_seeds
-from wm.evaluate import play_held_out, read_returns, score, write_outcomes
+from wm.evaluate import play_held_out, read_returns, score, score_of_seeds, write_outcomes
 from wm.workers import RandomPlayer, play
 
 TINY = EnvConfig("tiny", max_steps=40)
@@ -44,6 +44,36 @@ def test_constant_returns_have_an_interval_of_no_width(value, count):
         result = score([value] * count)
     assert (result.mean, result.ci_low, result.ci_high) == pytest.approx((value,) * 3)
     assert result.std == pytest.approx(0.0, abs=1e-12)
+
+
+def width(result):
+    return result.ci_high - result.ci_low
+
+
+def test_the_interval_of_one_training_seed_is_that_of_its_episodes():
+    returns = np.random.default_rng(3).exponential(300, size=100)
+    one, both_levels = score(returns), score_of_seeds([returns])
+    assert (both_levels.mean, both_levels.std) == pytest.approx((one.mean, one.std))
+    assert (both_levels.episodes, both_levels.seeds) == (100, 1)
+    assert both_levels.ci_low == pytest.approx(one.ci_low, abs=0.05 * width(one))
+    assert both_levels.ci_high == pytest.approx(one.ci_high, abs=0.05 * width(one))
+    assert score_of_seeds([returns]) == both_levels  # repeatable
+
+
+def test_where_episodes_do_not_differ_the_interval_is_that_of_the_seeds():
+    means = np.random.default_rng(4).normal(size=12)
+    seeds, both_levels = score(means), score_of_seeds(means[:, None].repeat(20, axis=1))
+    assert both_levels.mean == pytest.approx(means.mean())
+    assert both_levels.ci_low == pytest.approx(seeds.ci_low, abs=0.05 * width(seeds))
+    assert both_levels.ci_high == pytest.approx(seeds.ci_high, abs=0.05 * width(seeds))
+
+
+def test_the_variances_of_both_levels_add_up():
+    generator = np.random.default_rng(5)
+    seeds, episodes = 40, 25
+    returns = generator.normal(0, 1, (seeds, 1)) + generator.normal(0, 5, (seeds, episodes))
+    expected = 2 * 1.96 * np.sqrt(returns.mean(1).var() / seeds + returns.var(1).mean() / 1000)
+    assert width(score_of_seeds(returns)) == pytest.approx(expected, rel=0.05)
 
 
 def test_every_held_out_seed_is_played_exactly_once_and_kept(workers, tmp_path):
