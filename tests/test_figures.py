@@ -55,3 +55,41 @@ def test_a_video_is_read_back_frame_by_frame(width, tmp_path):
     np.testing.assert_allclose(read.mean((1, 2, 3)), shades, atol=4)
     assert iio.immeta(path)["fps"] == 35
     assert iio.immeta(path)["codec"] == "h264"  # what browsers play
+
+
+def series(*values):
+    values = np.array(values, float)
+    return figures.Series(values, values - 1, values + 1, np.full(len(values), np.nan))
+
+
+@pytest.mark.parametrize(
+    "labels, scale, places",
+    [
+        (["0.1", "1", "10"], "log", [0.1, 1, 10]),
+        (["1", "2", "10"], "linear", [1, 2, 10]),
+        (["one", "2", "30"], "linear", [0, 1, 2]),  # names stand side by side
+    ],
+)
+def test_panels_place_numbers_as_such_and_names_side_by_side(labels, scale, places, tmp_path):
+    theirs = figures.Series(*[np.full(3, np.nan)] * 3, np.array([5, np.nan, 6]), line=4.0)
+    shown = {"a": {"ours": series(3, 4, 5), "theirs": theirs}, "b": {"ours": series(1, 40, 7)}}
+    figure = figures.panels(shown, labels, "size")
+    left, right = figure.axes[:2]
+    assert (left.get_xscale(), left.get_yscale(), right.get_yscale()) == (scale, "linear", "log")
+    assert list(left.get_xticks()) == places
+    assert [text.get_text() for text in left.get_xticklabels()] == labels
+    assert (left.get_title(), right.get_title(), left.get_xlabel()) == ("a", "b", "size")
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["ours", "theirs", "theirs, published", "theirs, random policy"]
+    (bars,) = (lines for lines in left.collections if len(lines.get_segments()) == 3)
+    np.testing.assert_array_equal(bars.get_segments()[0], [[places[0], 2], [places[0], 4]])
+    assert iio.imread(figures.save(figure, tmp_path / "panels.png"))[..., :3].std() > 5
+
+
+def test_stacked_pictures_are_shown_under_their_names(tmp_path):
+    for name, picture in {"red": RED, "blue": BLUE}.items():
+        iio.imwrite(tmp_path / f"{name}.png", picture)
+    figure = figures.stacked({name: tmp_path / f"{name}.png" for name in ("red", "blue")})
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["red", "blue"]
+    picture = iio.imread(figures.save(figure, tmp_path / "stacked.png"))
+    assert shows(picture, RED[0, 0]) > 1000 and shows(picture, BLUE[0, 0]) > 1000

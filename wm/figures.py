@@ -1,6 +1,7 @@
 """Pictures to look at instead of numbers: grids of frames, curves, filmstrips, videos."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -9,7 +10,10 @@ import numpy as np
 
 matplotlib.use("Agg")  # no display is needed
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+WIDE = 20  # the factor that a linear axis shows
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -66,6 +70,95 @@ def curves(
     axis.set(xlabel=x_label, ylabel=y_label, title=title)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
+    return figure
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values over some labels; NaN where there is none."""
+
+    y: np.ndarray
+    low: np.ndarray  # of the interval
+    high: np.ndarray
+    published: np.ndarray
+    line: float | None = None  # to be compared with
+
+
+def panels(
+    panels: Mapping[str, Mapping[str, Series]], labels: Sequence[str], x_label: str
+) -> Figure:
+    """A panel for each metric: its series by name over the labels, intervals as error bars.
+
+    Labels that are numbers are placed as such, logarithmically where they span a factor above
+    WIDE, as values are; others stand side by side.
+    """
+    columns = min(len(panels), 3)
+    size = (1 + 3.6 * columns, 0.6 + 3.1 * -(-len(panels) // columns))
+    figure, axes = plt.subplots(
+        -(-len(panels) // columns), columns, figsize=size, squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (metric, series) in zip(axes.flat, panels.items(), strict=False):
+        x, style = _place(axis, labels)
+        for number, (name, values) in enumerate(series.items()):
+            aside = 0.1 * number if style == "o" else 0.0  # so that bars do not hide each other
+            _draw(axis, x + aside, values, name, f"C{number}", style)
+        if wide(np.concatenate([values.y for values in series.values()])):
+            axis.set_yscale("log")
+        axis.set(xlabel=x_label, title=metric)
+        axis.grid(alpha=0.3)
+    named = {}
+    for axis in axes.flat:
+        handles, names = axis.get_legend_handles_labels()
+        named |= dict(zip(names, handles, strict=True))
+    figure.legend(named.values(), named, loc="outside lower center", ncols=columns, fontsize=8)
+    return figure
+
+
+def wide(values: np.ndarray) -> bool:
+    """Whether positive values span so much that only a logarithmic axis shows them all."""
+    known = values[np.isfinite(values)]
+    return bool(len(known) and known.min() > 0 and known.max() / known.min() > WIDE)
+
+
+def _place(axis: Axes, labels: Sequence[str]) -> tuple[np.ndarray, str]:
+    """Where labels stand, and how values are drawn there: joined by a line if they are numbers."""
+    style = "o-"
+    try:
+        x = np.array([float(label) for label in labels])
+    except ValueError:
+        x, style = np.arange(len(labels), dtype=float), "o"
+        axis.set_xlim(-0.5, len(labels) - 0.5)
+    else:
+        axis.set_xscale("log" if wide(x) else "linear")
+    crowded = sum(map(len, labels)) > 30
+    axis.set_xticks(x, labels, rotation=30 * crowded, ha="right" if crowded else "center")
+    axis.minorticks_off()
+    return x, style
+
+
+def _draw(axis: Axes, x: np.ndarray, values: Series, name: str, colour: str, style: str) -> None:
+    axis.plot(x, values.y, style, color=colour, label=name, markersize=4)
+    bars = np.isfinite(values.low)
+    axis.vlines(x[bars], values.low[bars], values.high[bars], color=colour, linewidth=1.5)
+    if np.isfinite(values.published).any():
+        light = {"color": colour, "alpha": 0.45, "markersize": 7}
+        axis.plot(x, values.published, "D", label=f"{name}, published", **light)
+    if values.line is not None:
+        axis.axhline(values.line, color=colour, linestyle=":", label=f"{name}, random policy")
+
+
+def stacked(pictures: Mapping[str, Path]) -> Figure:
+    """Pictures of equal shape below each other, each under its name."""
+    images = {name: iio.imread(path) for name, path in pictures.items()}
+    height, width = next(iter(images.values())).shape[:2]
+    size = (10, (10 * height / width + 0.3) * len(images))
+    figure, axes = plt.subplots(len(images), 1, figsize=size, squeeze=False, layout="constrained")
+    for axis, (name, image) in zip(axes.flat, images.items(), strict=True):
+        axis.imshow(image)
+        axis.set_title(name, fontsize=9, loc="left")
+        axis.axis("off")
     return figure
 
 
