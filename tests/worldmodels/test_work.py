@@ -10,15 +10,16 @@ import torch
 from wm.collect import collect
 from wm.config import ConfigError
 from wm.data import Latents
-from wm.envs import EnvConfig
+from wm.envs import EnvConfig, validation_seeds
 from wm.episodes import EpisodeStore
+from wm.evaluate import EvaluateConfig
 from wm.files import hashes
 from wm.training import TrainerConfig
 from wm.workers import RandomPlayer
-from wm.worldmodels.agent import AgentConfig, save_tensors
-from wm.worldmodels.mdnrnn import MemoryConfig
+from wm.worldmodels.agent import AgentConfig, load_weights, save_tensors
+from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
 from wm.worldmodels.vae import ConvVAE, VisionConfig
-from wm.worldmodels.work import best_round, encode_store, train_vision
+from wm.worldmodels.work import best_round, dream_score, encode_store, train_memory, train_vision
 
 
 def test_encoding_a_store_again_replaces_what_an_interrupted_run_left(tmp_path, vision, workers):
@@ -60,6 +61,48 @@ def test_the_round_with_the_highest_validation_score_is_the_best(tmp_path):
         save_tensors(controllers[role] / "controllers.safetensors", tensors)
     assert best_round(controllers) == "controller-1"
     assert best_round({"agent": tmp_path}) == "agent"  # alone it needs no score
+
+
+@pytest.fixture
+def silent():
+    """A run that keeps nothing."""
+    nothing = lambda *names: None  # noqa: E731
+    return SimpleNamespace(busy=nullcontext, log_file=nothing, log_metrics=nothing)
+
+
+def test_an_m_of_no_steps_keeps_its_random_weights(tmp_path, workers, silent):
+    folders = {role: tmp_path / role for role in ("collect-0", "vision")}
+    for folder in folders.values():
+        folder.mkdir()
+    collect(EnvConfig("tiny", 20), RandomPlayer("uniform"), range(3), folders["collect-0"], workers)
+    seen, config = VisionConfig(latent=4), MemoryConfig(hidden=6, mixtures=2, steps=0)
+    save_tensors(folders["vision"] / "vision.safetensors", ConvVAE(seen).state_dict())
+    encode_store(ConvVAE(seen), EpisodeStore([folders["collect-0"]]), folders["vision"] / "latents")
+    given = {"env": EnvConfig("tiny", 20), "vision": seen, "memory": config, "seed": 5}
+    facts = train_memory(tmp_path, folders, silent, TrainerConfig(), **given)
+    assert facts == {}  # no loss was measured
+    torch.manual_seed(5)
+    expected, made = MDNRNN(config, 4, 1, 5).state_dict(), MDNRNN(config, 4, 1)
+    load_weights(made, tmp_path / "memory.safetensors")
+    assert all(made.state_dict()[name].equal(expected[name]) for name in expected)
+
+
+def test_an_agent_is_scored_in_its_own_dreams(make_agent, tmp_path, silent):
+    agent, evaluation = make_agent(end="expected", horizon=5), EvaluateConfig(episodes=6)
+    facts = dream_score(agent, evaluation, tmp_path, silent)
+    again = dream_score(agent, evaluation, tmp_path, silent)
+    assert facts == again and set(facts) == {
+        f"dream/{n}" for n in ("mean", "std", "ci_low", "ci_high")
+    }
+    table = np.loadtxt(tmp_path / "dreams.csv", delimiter=",", skiprows=1)
+    assert facts["dream/mean"] == pytest.approx(table[:, 1].mean())
+    assert list(table[:, 0]) == list(validation_seeds(6))
+    assert ((table[:, 2] == 20) | (table[:, 3] == 1)).all()  # as long as the game, or ended
+
+
+def test_dreams_that_pay_nothing_have_no_score(make_agent, tmp_path, silent):
+    agent = make_agent(memory={"reward_head": False}, fitness="real")
+    assert dream_score(agent, EvaluateConfig(), tmp_path, silent) == {}
 
 
 def test_only_take_covers_actions_are_moves():

@@ -41,11 +41,19 @@ class AgentConfig:
         if self.memory.moves and self.env.name != "takecover":
             raise ConfigError("memory.moves=true is for env=takecover, whose actions are moves")
         if self.controller.fitness == "dream":  # a dream must have something to tell good from bad
-            head = "end_head" if self.env.name == "takecover" else "reward_head"
-            if not getattr(self.memory, head):
-                raise ConfigError(f"controller.fitness=dream needs memory.{head}=true here")
-            if head == "end_head" and self.controller.end == "never":
+            if not self.dreams_pay:
+                raise ConfigError(f"controller.fitness=dream needs memory.{self.judge}=true here")
+            if self.judge == "end_head" and self.controller.end == "never":
                 raise ConfigError("controller.end=never pays every candidate the same here")
+
+    @property
+    def judge(self) -> str:
+        """The head of M that tells good from bad in a dream."""
+        return "end_head" if self.env.name == "takecover" else "reward_head"
+
+    @property
+    def dreams_pay(self) -> bool:
+        return getattr(self.memory, self.judge)
 
 
 @dataclass(frozen=True)

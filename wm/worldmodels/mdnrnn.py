@@ -39,8 +39,8 @@ class MemoryConfig:
     clip: float = bounded(1.0, 0.0)  # of the gradient's norm
     batch: int = bounded(32, 1)
     length: int = bounded(128, 2)  # actions of a training segment
-    steps: int = bounded(2000, 1)  # in the first round
-    later_steps: int = bounded(500, 1)  # in each later one
+    steps: int = bounded(2000, 0)  # in the first round; 0: M keeps its random weights
+    later_steps: int = bounded(500, 0)  # in each later one; 0: M stays as it is
     precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"  # of the recurrent layer only
 
 

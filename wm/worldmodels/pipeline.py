@@ -229,14 +229,15 @@ def summary(graph: Sequence[Stage]) -> dict[str, float]:
 
 def print_results(config: Config, graph: Sequence[Stage]) -> None:
     record = {stage.name: stage.record for stage in graph}
-    rows = {"random policy": "baseline", "our agent": "evaluate"}
+    rows = {"random policy": ("baseline", "random"), "our agent": ("evaluate", "eval")}
     print(f"\n{config.env.name}, {config.evaluate.episodes} held-out episodes")
     print(f"{'':16}{'mean':>9}{'std':>9}   95 % interval of the mean")
-    for title, stage in rows.items():
+    for title, (stage, name) in rows.items():
         facts = record[stage]["facts"]
-        values = {key.split("/")[1]: value for key, value in facts.items()}
-        interval = f"[{values['ci_low']:.1f}, {values['ci_high']:.1f}]"
-        print(f"{title:16}{values['mean']:9.1f}{values['std']:9.1f}   {interval}")
+        mean, std, low, high = (
+            facts[f"{name}/{key}"] for key in ("mean", "std", "ci_low", "ci_high")
+        )
+        print(f"{title:16}{mean:9.1f}{std:9.1f}   [{low:.1f}, {high:.1f}]")
     if "report" in record:
         print(f"\nreport:  {graph[-1].folder / 'report.html'}")
     print(f"runs:    {ui_command(Path(config.runs))}")

@@ -32,6 +32,7 @@ from wm.envs import (
 )
 from wm.episodes import Episode, EpisodeStore
 from wm.evaluate import EvaluateConfig, play_held_out, score, write_outcomes
+from wm.rollout import rollout
 from wm.tracking import StageRun, read_metrics
 from wm.training import Busy, StepsData, TrainerConfig, fit
 from wm.workers import Outcome, RandomPlayer, Workers
@@ -188,9 +189,10 @@ def train_memory(
     model = MDNRNN(memory, vision.latent, *action_space(env.name).shape, seed)
     if "memory" in inputs:
         load_weights(model, inputs["memory"] / "memory.safetensors")
-    data = sequences_data(store, latents, memory, seed, EPOCH_STEPS)
-    settings = (memory.precision, memory.clip)
-    fit(model, data, folder, trainer, run.loggers, *settings, callbacks=[Busy(run)])
+    if memory.steps:
+        data = sequences_data(store, latents, memory, seed, EPOCH_STEPS)
+        settings = (memory.precision, memory.clip)
+        fit(model, data, folder, trainer, run.loggers, *settings, callbacks=[Busy(run)])
     save_tensors(folder / "memory.safetensors", model.cpu().eval().state_dict())
     draw_memory(load_vision(vision, inputs), model, store, latents, env.name, folder, run)
     return last_metrics(folder, "memory/val_", "memory/end")
@@ -367,11 +369,33 @@ def evaluate_agent(
     player = AgentPlayer(inputs[chosen] / "agent")
     with Workers(trainer.workers) as workers, run.busy():
         outcomes = play_held_out(env, player, evaluation.episodes, workers, "agent")
-    facts = _keep_score(outcomes, folder, run, "eval")
+    agent = Agent.load(player.folder)
+    facts = _keep_score(outcomes, folder, run, "eval") | dream_score(agent, evaluation, folder, run)
     middle = sorted(outcomes, key=lambda outcome: outcome.episode_return)[len(outcomes) // 2]
     (episode,) = record(as_vector(make_env(env)), player, [middle.seed])
-    draw_life(Agent.load(player.folder), episode, folder, run)
+    draw_life(agent, episode, folder, run)
     return facts
+
+
+def dream_score(agent: Agent, evaluation: EvaluateConfig, folder: Path, run: StageRun) -> Facts:
+    """What the agent gets in its own dreams, as long as the game may last; {} if they pay nothing.
+
+    Ends are drawn where evolution took their expectation, so that episodes differ as in the game.
+    """
+    if not agent.config.dreams_pay:
+        return {}
+    env, seeds = agent.config.env, list(validation_seeds(evaluation.episodes))
+    end = {"expected": "calibrated"}.get(agent.config.controller.end, agent.config.controller.end)
+    with run.busy():
+        dreams = agent.dreams(len(seeds), horizon=max(1, env.max_steps // env.repeat), end=end)
+        result = rollout(dreams, agent.controller(), seeds)
+    outcomes = [
+        Outcome(seed, dreamt, steps * env.repeat, dead)
+        for seed, dreamt, steps, dead in zip(
+            seeds, *(values.tolist() for values in vars(result).values()), strict=True
+        )
+    ]
+    return _keep_score(outcomes, folder, run, "dream", "dreams.csv")
 
 
 def best_round(controllers: Inputs) -> str:
@@ -386,9 +410,11 @@ def best_round(controllers: Inputs) -> str:
     return max(controllers, key=validated)
 
 
-def _keep_score(outcomes: list[Outcome], folder: Path, run: StageRun, name: str) -> Facts:
-    write_outcomes(folder / "episodes.csv", outcomes)
-    run.log_file(folder / "episodes.csv")
+def _keep_score(
+    outcomes: list[Outcome], folder: Path, run: StageRun, name: str, file: str = "episodes.csv"
+) -> Facts:
+    write_outcomes(folder / file, outcomes)
+    run.log_file(folder / file)
     result = score([outcome.episode_return for outcome in outcomes])
     return {
         f"{name}/mean": result.mean,
