@@ -209,6 +209,17 @@ def test_the_last_round_is_scored_where_no_mean_is_chosen(tiny):
     assert [stage.label for stage in last.inputs.values()] == ["controller-1"]
 
 
+def test_tuning_goes_on_in_the_real_game_with_the_same_models(tiny):
+    first, tuned = tiny.stage("controller-0", "tuning=3"), tiny.stage("controller-1", "tuning=3")
+    assert first.fingerprint == tiny.stage("controller-0").fingerprint
+    assert tuned.inputs["controller"].label == "controller-0"
+    assert {label for label in tuned.inputs} == {"collect-0", "vision", "memory", "controller"}
+    settings = tuned.config["config"]["controller"]
+    assert (settings["fitness"], settings["generations"]) == ("real", 3)
+    judged = tiny.stage("evaluate", "tuning=3").inputs
+    assert [stage.label for stage in judged.values()] == ["controller-0", "controller-1"]
+
+
 @pytest.mark.parametrize("change", ["seed=1", "collect.policy=uniform"])
 def test_other_data_make_everything_new_but_the_random_policys_score(change, tiny):
     before = {stage.label: stage.fingerprint for stage in tiny.graph()}

@@ -1,8 +1,8 @@
 """The paper's stages in order: collect, vision, memory, controller; then evaluate and report.
 
 `rounds` repeats the first four with the newest controller as collector: all data is kept, V and M
-go on from the last round, and evolution starts from its last mean. The agent of the round with the
-best validation score is evaluated.
+go on from the last round, and evolution starts from its last mean. `tuning` adds an evolution in
+the real game. The agent of the round with the best validation score is evaluated.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ VERSIONS = {  # raised when a stage's code changes what the stage makes
     "controller": 2,
     "baseline": 2,
     "agent": 1,
-    "evaluate": 3,
+    "evaluate": 4,
     "report": 1,
 }
 
@@ -51,6 +51,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     scale: str = "laptop"
     rounds: int = bounded(1, 1, 10)
+    tuning: int = bounded(0, 0)  # generations of C in the real game, after the last round
     seed: int = bounded(0, 0, 1999)
     runs: str = "runs"  # the folder of everything that is made
     minutes: int = bounded(0, 0)  # measured on 2 cores and said up front; 0: not measured
@@ -84,6 +85,12 @@ def stages(config: Config) -> list[Stage]:
         evolved = {"config": now.agent, "seed": seed, "round": r}
         C = {"controller": make("controller", work.evolve_controller, data | V | M | C, evolved, r)}
         graph += [collect, V["vision"], M["memory"], C["controller"]]
+    if config.tuning:
+        real = replace(config.controller, fitness="real", generations=config.tuning)
+        r, tuned = config.rounds, replace(config.agent, controller=real)
+        evolved = {"config": tuned, "seed": seed, "round": r}
+        C = {"controller": make("controller", work.evolve_controller, data | V | M | C, evolved, r)}
+        graph.append(C["controller"])
     evaluation = {"env": env, "evaluation": config.evaluate}
     graph.append(make("baseline", work.play_baseline, {}, baseline(config)))
     every = {stage.label: stage for stage in graph if stage.name == "controller"}
@@ -160,6 +167,17 @@ def run_only(name: str, words: Sequence[str]) -> None:
                 print(f"{stage.label}: waits for {missing[0]}")
                 return
             run_stage(stage, tracker, f"wm {name} {' '.join(words)}")
+
+
+def run_labelled(label: str, words: Sequence[str]) -> None:
+    """One stage of a pipeline whose inputs are there; with the last, its run shows the scores."""
+    config = load(Config, words)
+    graph = stages(config)
+    stage = next(stage for stage in graph if stage.label == label)
+    with open_tracker(config, graph) as tracker:
+        run_stage(stage, tracker, f"wm {stage.name} {' '.join(words)}")
+        if stage is graph[-1]:
+            tracker.summarise(summary(graph), scored_controller(graph).record["run_id"])
 
 
 def evaluate_run(run: str, words: Sequence[str]) -> None:
