@@ -133,19 +133,29 @@ class Tracker:
         config: the resolved configuration as plain values.
         fingerprint: of the pipeline; with the same one, the same parent run goes on.
         run_id: an existing run to be the parent instead.
+        experiment: another than the game's, for what is no pipeline.
+        name: of the parent run.
     """
 
     def __init__(
-        self, runs: Path, config: dict[str, Any], fingerprint: str, run_id: str | None = None
+        self,
+        runs: Path,
+        config: dict[str, Any],
+        fingerprint: str,
+        run_id: str | None = None,
+        experiment: str | None = None,
+        name: str | None = None,
     ):
         runs.mkdir(parents=True, exist_ok=True)
-        self.uri, self.config, self.experiment = tracking_uri(runs), config, config["env"]["name"]
+        self.uri, self.config = tracking_uri(runs), config
+        self.experiment = experiment or config["env"]["name"]
         self.versions = {name: version(name) for name in PACKAGES} | {"commit": git_commit()}
-        with FileLock(runs / ".mlflow.lock"):  # two that make the database at once crash
+        name = name or f"{self.experiment}-{config['scale']}-seed{config['seed']}"
+        # Two that make the database at once crash, and two stages of a pipeline share one parent.
+        with FileLock(runs / ".mlflow.lock"):
             self.client = MlflowClient(self.uri)
             self.experiment_id = self._experiment(runs / "artifacts" / self.experiment)
-        name = f"{self.experiment}-{config['scale']}-seed{config['seed']}"
-        self.run_id = run_id or self._run(name, {PIPELINE_TAG: fingerprint})
+            self.run_id = run_id or self._run(name, {PIPELINE_TAG: fingerprint}, config)
 
     def _experiment(self, artifacts: Path) -> str:
         if found := self.client.get_experiment_by_name(self.experiment):
@@ -154,7 +164,7 @@ class Tracker:
         location = artifacts.resolve().as_uri() if local else None
         return self.client.create_experiment(self.experiment, location)
 
-    def _run(self, name: str, tags: dict[str, str]) -> str:
+    def _run(self, name: str, tags: dict[str, str], config: dict[str, Any]) -> str:
         """The run with these tags, set running again, or a new one with everything recorded."""
         query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         if found := self.client.search_runs([self.experiment_id], query, max_results=1):
@@ -163,8 +173,8 @@ class Tracker:
         packages = {f"version.{key}": value for key, value in self.versions.items()}
         tags = {**tags, **packages, MLFLOW_RUN_NAME: name}
         run_id = self.client.create_run(self.experiment_id, tags=tags).info.run_id
-        self.client.log_dict(run_id, self.config, "config.yaml")
-        params = [Param(key, str(value)) for key, value in flat(self.config).items()]
+        self.client.log_dict(run_id, config, "config.yaml")
+        params = [Param(key, str(value)) for key, value in flat(config).items()]
         for first in range(0, len(params), PARAMS_PER_CALL):
             self.client.log_batch(run_id, params=params[first : first + PARAMS_PER_CALL])
         return run_id
@@ -181,9 +191,23 @@ class Tracker:
         folder: of its local record.
         """
         tags = {MLFLOW_PARENT_RUN_ID: self.run_id, FINGERPRINT_TAG: fingerprint}
-        run_id = self._run(name, tags)
+        run_id = self._run(name, tags, self.config)
         with self._ending(run_id):
             yield StageRun(self.client, self._logger(run_id), folder)
+
+    def cell(
+        self, name: str, fingerprint: str, config: dict[str, Any], metrics: Mapping[str, float]
+    ) -> None:
+        """A run below a grid's parent: what was set, and what came of it; FAILED if nothing did."""
+        tags = {MLFLOW_PARENT_RUN_ID: self.run_id, FINGERPRINT_TAG: fingerprint}
+        run_id = self._run(name, tags, config)
+        for key, value in metrics.items():
+            self.client.log_metric(run_id, key, value)
+        self.client.set_terminated(run_id, "FINISHED" if metrics else "FAILED")
+
+    def log_file(self, path: Path) -> None:
+        """Put a file on the parent run."""
+        self.client.log_artifact(self.run_id, str(path))
 
     def _logger(self, run_id: str) -> MLFlowLogger:
         """Lightning's logger, without the address that it leaves in the environment."""
