@@ -52,15 +52,15 @@ def load(schema: type[T], words: Sequence[str], conf: Path = CONF) -> T:
         if key not in flat(plain(schema())):
             raise ConfigError(_unknown(schema, key))
 
-    base = _read(conf / "config.yaml")
+    base = read_yaml(conf / "config.yaml")
     env = chosen.get("env", base.env.name)
     scale = chosen.get("scale", base.scale)
-    env_layer = _read(_choice(conf, "env", env))
-    scale_layer = _read(_choice(conf, "scale", scale))
+    env_layer = read_yaml(_choice(conf, "env", env))
+    scale_layer = read_yaml(_choice(conf, "scale", scale))
     games = {name: scale_layer.pop(name) for name in choices(conf, "env") if name in scale_layer}
     names = OmegaConf.create({"env": {"name": env}, "scale": scale})
     layers = [base, env_layer, scale_layer, games.get(env, OmegaConf.create()), names]
-    return merge(schema, *layers, _dotlist(overrides))
+    return merge(schema, *layers, dotlist(overrides))
 
 
 def merge(schema: type[T], *layers: Any) -> T:
@@ -101,7 +101,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one dict with dotted keys (what MLflow shows as parameters)."""
     items: dict[str, Any] = {}
     for key, value in tree.items():
-        nested = isinstance(value, dict)
+        nested = isinstance(value, dict) and value
         items |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return items
 
@@ -112,17 +112,27 @@ def to_yaml(config: Any) -> str:
 
 def from_yaml(schema: type[T], path: Path, words: Sequence[str] = ()) -> T:
     """Read a resolved configuration back, with `key=value` words on top."""
-    return merge(schema, _read(path), _dotlist(words))
+    return merge(schema, read_yaml(path), dotlist(words))
 
 
-def _read(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """A YAML file as OmegaConf's tree.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
     try:
         return OmegaConf.load(path)
     except (OSError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
 
 
-def _dotlist(words: Sequence[str]) -> Any:
+def dotlist(words: Sequence[str]) -> Any:
+    """`key=value` words as OmegaConf's tree.
+
+    Raises:
+        ConfigError: if a value is not YAML.
+    """
     try:
         return OmegaConf.from_dotlist(list(words))
     except Exception as error:  # the YAML parser's own errors, of many classes

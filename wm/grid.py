@@ -1,0 +1,148 @@
+"""A grid file: axes whose product makes the cells, training seeds, metrics, published numbers.
+
+```yaml
+# Question: what is asked.
+# Published: what the published answer is.
+base: {env: takecover}                 # configuration keys of every cell
+axes:                                  # a list of values of a configuration key, or named points
+  controller.temperature: [0.5, 1.0]   # that set any keys
+  sees: {z alone: {controller.features: z}, z and h: {controller.features: zh}}
+seeds: [0, 1, 2]
+metrics: [dream/mean, eval/mean]       # facts of stages
+published:                             # at: the axes' values that a row belongs to
+  - {by: who, at: {controller.temperature: 1.0}, eval/mean: 868 ± 511}
+at: {smoke: {seeds: [0]}}              # what is different at a scale
+```
+
+Where a value is a mapping, the cell's game or value on another axis chooses:
+`collect.episodes: {takecover: 3, carracing: 6}`.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from wm.config import ConfigError, merge, read_yaml
+
+HEADINGS = ("# Question: ", "# Published: ")  # of the first two lines
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a grid file says; see above."""
+
+    base: dict[str, Any] = field(default_factory=dict)
+    axes: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    metrics: list[str] = field(default_factory=lambda: ["eval/mean"])
+    published: list[dict[str, Any]] = field(default_factory=list)
+    pictures: str = ""  # stage/file: shown cell below cell, of the first seed
+    at: dict[str, Any] = field(default_factory=dict)
+    name: str = ""  # the file's, as the two that follow
+    question: str = ""
+    answer: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A combination of the axes' values, and the `key=value` words that set them."""
+
+    values: Mapping[str, str]  # by axis, as shown
+    words: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return ", ".join(
+            f"{axis.split('.')[-1]} {value}" if "." in axis or value.isdigit() else value
+            for axis, value in self.values.items()
+        )
+
+
+def read_grid(path: Path) -> Grid:
+    """Read a grid file.
+
+    Raises:
+        ConfigError: if it is not there, has an unknown key, or lacks its two headings.
+    """
+    grid = merge(Grid, read_yaml(path))
+    lines = path.read_text().splitlines()[:2]
+    for line, heading in itertools.zip_longest(lines, HEADINGS, fillvalue=""):
+        if not line.startswith(heading):
+            raise ConfigError(f"{path} must begin with a line '{heading}...', not '{line}'")
+    if not grid.axes:
+        raise ConfigError(f"{path} has no axes")
+    texts = (line.removeprefix(head) for line, head in zip(lines, HEADINGS, strict=True))
+    return replace(grid, **dict(zip(("question", "answer"), texts, strict=True)), name=path.stem)
+
+
+def at_scale(grid: Grid, scale: str) -> Grid:
+    """The grid with what is different at a scale."""
+    known = replace(grid, axes={}, published=[], at={})
+    changes = merge(Grid, known, grid.at.get(scale, {}))
+    axes = changes.axes or grid.axes
+    return replace(changes, axes=axes, published=grid.published, at={})
+
+
+def cells(grid: Grid, words: Sequence[str] = ()) -> list[Cell]:
+    """All combinations of the axes' values; `words` win over the base, not over the axes.
+
+    Raises:
+        ConfigError: if a word sets what an axis does.
+    """
+    given = dict(word.split("=", 1) for word in words)
+    axes = [_points(axis, values) for axis, values in grid.axes.items()]
+    made = []
+    for combination in itertools.product(*axes):
+        settings = {key: value for _, keys in combination for key, value in keys.items()}
+        if taken := given.keys() & settings.keys():
+            raise ConfigError(f"{min(taken)} is set by an axis of {grid.name}, not by a word")
+        shown = dict(zip(grid.axes, (label for label, _ in combination), strict=True))
+        here = [*shown.values(), str((grid.base | given).get("env"))]
+        set_here = [_word(key, value, here) for key, value in settings.items()]
+        made.append(Cell(shown, (*base_words(grid, words), *set_here)))
+    return made
+
+
+def base_words(grid: Grid, words: Sequence[str]) -> list[str]:
+    """The words of the base and then others, which win."""
+    given = dict(word.split("=", 1) for word in words)
+    return [*(_word(key, value) for key, value in grid.base.items() if key not in given), *words]
+
+
+def matches(row: Mapping[str, Any], cell: Cell) -> bool:
+    """Whether a published row belongs to a cell."""
+    return all(cell.values.get(axis) == str(value) for axis, value in row.get("at", {}).items())
+
+
+def published(grid: Grid, cell: Cell, metric: str) -> str:
+    """The published score of a cell, as written, or nothing."""
+    rows = [row for row in grid.published if metric in row and matches(row, cell)]
+    return "; ".join(f"{row[metric]} ({row['by']})" if "by" in row else row[metric] for row in rows)
+
+
+def _points(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The points of an axis: how each is shown, and the keys that it sets."""
+    if isinstance(values, Mapping):
+        return [(str(name), dict(keys or {})) for name, keys in values.items()]
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise ConfigError(f"axis {axis} is neither a list of values nor of named points: {values}")
+    points: list[tuple[str, dict[str, Any]]] = []
+    for value in values:
+        points += _points(axis, value) if isinstance(value, Mapping) else [_point(axis, value)]
+    return points
+
+
+def _point(axis: str, value: Any) -> tuple[str, dict[str, Any]]:
+    return str(value), {axis: value}
+
+
+def _word(key: str, value: Any, here: Sequence[str] = ()) -> str:
+    """`key=value`; of a mapping that value which belongs to one of the names here."""
+    if isinstance(value, Mapping):
+        chosen = [choice for name, choice in value.items() if str(name) in here]
+        if len(chosen) != 1:
+            raise ConfigError(f"{key} has no value of its own for {', '.join(here)}: {value}")
+        (value,) = chosen
+    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
