@@ -18,6 +18,9 @@ USAGE = """usage: wm COMMAND [env=GAME] [scale=SCALE] [key=value ...]
                pretrained=GAME the one that `wm bundle` has kept
   report       write the HTML page
   bundle       keep the agent of a finished pipeline as the pretrained one, in half precision
+  ablate       run a grid: `wm ablate ablations/NAME.yaml`; --dry-run says what would be run,
+               jobs=N stages side by side, seeds=[0,1,2] others than the grid's, publish=true
+               copies table and figure to ablations/NAME
   parity       compare EnvPool with the official CarRacing; run=ID adds an agent's scores
   config       print the resolved configuration
   bench        time the parts beside what they are measured against (under 10 minutes);
@@ -74,6 +77,13 @@ def bundle(words: Sequence[str]) -> None:
     bundle(words)
 
 
+def ablate(words: Sequence[str]) -> None:
+    from wm.ablate import ablate
+    from wm.worldmodels import pipeline
+
+    ablate(pipeline, words)
+
+
 def config(words: Sequence[str]) -> None:
     from wm.config import load, to_yaml
     from wm.worldmodels.pipeline import Config
@@ -107,6 +117,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "report": stage("report"),
     "bundle": bundle,
+    "ablate": ablate,
     "parity": parity,
     "config": config,
     "bench": bench,

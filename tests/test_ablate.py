@@ -1,0 +1,229 @@
+"""A grid from its words to its table: shared stages, failures, interruptions, MLflow, files.
+
+The games are left out: stages here write made-up scores, in forked processes.
+"""
+
+import csv
+import multiprocessing
+import os
+import shutil
+import signal
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from wm import WMError, schedule
+from wm.ablate import ablate
+from wm.config import ConfigError, load
+from wm.stages import Stage, run_stage
+from wm.worldmodels.pipeline import Config
+
+GRID = """# Question: which is best?
+# Published: the second.
+base: {env: tiny}
+axes:
+  vision.beta: [0.1, 1]
+  controller.temperature: [0.5, 1.0]
+seeds: [0, 1, 2]
+metrics: [vision/val_kl, eval/mean]
+published:
+  - {at: {vision.beta: 1, controller.temperature: 0.5}, eval/mean: 20 ± 3}
+  - {by: them, at: {vision.beta: 7}, eval/mean: 1 ± 1}
+pictures: vision/seen.png
+"""
+CELLS = [(beta, tau) for beta in ("0.1", "1") for tau in ("0.5", "1.0")]
+
+
+class NoTracker:
+    """For the stages, which are not what is tested."""
+
+    versions = {"commit": "c0ffee"}
+
+    def stage(self, stage):
+        nothing = SimpleNamespace(busy_seconds=0.0, run_id="", log_metrics=lambda facts: None)
+        return nullcontext(nothing)
+
+
+def see(folder, inputs, run, config):
+    begin("vision", config)
+    iio.imwrite(folder / "seen.png", np.zeros((9, 9, 3), np.uint8))
+    return {"vision/val_kl": config.vision.beta + config.seed}
+
+
+def judge(folder, inputs, run, config):
+    begin("evaluate", config)
+    tau, returns = config.controller.temperature, [10.0 * config.seed, 30.0 * config.seed]
+    if tau == 1 and os.path.exists("broken"):
+        raise RuntimeError("no game is left")
+    if tau == 1 and os.path.exists("interrupt"):
+        os.unlink("interrupt")
+        os.kill(os.getppid(), signal.SIGINT)
+    lines = [f"{seed},{value},1,1\n" for seed, value in enumerate(returns)]
+    (folder / "episodes.csv").write_text("seed,return,steps,terminated\n" + "".join(lines))
+    return {"eval/mean": 20.0 * config.seed, "eval/std": 14.1}
+
+
+def begin(name, config):
+    with open("begun", "a") as file:
+        file.write(f"{name} {config.seed} {config.trainer.workers}\n")
+
+
+def begun(name):
+    with open("begun") as file:
+        return sum(line.startswith(name) for line in file)
+
+
+def stages(config):
+    root = Path(config.runs) / config.env.name
+    given = {"seed": config.seed, "beta": config.vision.beta}
+    vision = Stage("vision", 1, given, partial(see, config=config), root)
+    tau = {"temperature": config.controller.temperature}
+    work = partial(judge, config=config)
+    return [vision, Stage("evaluate", 1, tau, work, root, {"vision": vision})]
+
+
+def run_labelled(label, words):
+    stage = next(stage for stage in stages(load(Config, words)) if stage.label == label)
+    run_stage(stage, NoTracker())
+
+
+FAMILY = SimpleNamespace(Config=Config, stages=stages, run_labelled=run_labelled)
+
+
+@pytest.fixture(autouse=True)
+def quick_processes(monkeypatch):
+    monkeypatch.setattr(schedule, "CONTEXT", multiprocessing.get_context("fork"))
+
+
+@pytest.fixture
+def grid(own_folder, runs, request):
+    """grid(words): `wm ablate` of a grid whose name is the test's own; the folder it fills."""
+    name = request.node.name.replace("_", "-")
+    (own_folder / f"{name}.yaml").write_text(GRID)
+    shutil.rmtree(runs / "tiny", ignore_errors=True)  # of other tests: the database is shared
+
+    def run(*words):
+        ablate(FAMILY, [f"{name}.yaml", "scale=smoke", f"runs={runs}", *words])
+        return runs / "ablations" / f"{name}-smoke"
+
+    run.name = name
+    return run
+
+
+def mlflow_runs(runs, name):
+    """The parents of a grid's experiment, and their children by name."""
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    experiment = client.get_experiment_by_name(f"ablation-{name}")
+    found = client.search_runs([experiment.experiment_id])
+    parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    children = {run.info.run_name: run for run in found if run not in parents}
+    assert len(children) == len(found) - len(parents)  # no doubles
+    return client, parents, children
+
+
+def test_a_grid_shares_stages_and_ends_in_a_table_a_figure_and_runs(grid, runs):
+    folder = grid("jobs=2")
+    assert begun("vision") == 6 and begun("evaluate") == 12  # 2 betas, 2 temperatures, 3 seeds
+    with open(folder / "table.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["vision.beta"], row["controller.temperature"]) for row in rows] == CELLS
+    for row in rows:
+        assert (row["seeds"], row["episodes"]) == ("3", "2")
+        assert float(row["eval/mean mean"]) == 20
+        assert float(row["eval/mean ci_low"]) < 20 < float(row["eval/mean ci_high"])
+        assert float(row["vision/val_kl mean"]) == pytest.approx(float(row["vision.beta"]) + 1)
+    assert [row["eval/mean published"] for row in rows] == ["", "", "20 ± 3", ""]
+
+    page = (folder / "table.md").read_text()
+    for part in ("which is best?", "the second.", "Training seeds: 3 (0, 1, 2), 2 episodes each"):
+        assert part in page
+    assert "| 1 | 0.5 | 2.000 ± 1.000 [1.000, 3.000] | 20.0 ± " in page
+    assert "] | 20 ± 3 | 3 |" in page and "vision.beta 7, by them, eval/mean 1 ± 1" in page
+    assert f"wm ablate {grid.name}.yaml scale=smoke" in page and "stages made at c0ffee" in page
+    assert iio.imread(folder / "figure.png").size and iio.imread(folder / "pictures.png").size
+
+    client, (parent,), children = mlflow_runs(runs, grid.name)
+    assert parent.info.status == "FINISHED" and parent.data.params["env.name"] == "tiny"
+    artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert artifacts == {"config.yaml", "table.csv", "table.md", "figure.png", "pictures.png"}
+    assert len(children) == 12
+    child = children["beta 1, temperature 0.5, seed 2"]
+    shown = {"vision.beta": "1", "controller.temperature": "0.5", "seed": "2"}
+    assert child.data.params == shown
+    expected = {"eval/mean": 40.0, "eval/std": 14.1, "vision/val_kl": 3.0}
+    assert child.data.metrics == pytest.approx(expected)
+
+
+def test_a_failed_cell_is_named_and_the_others_finish(grid, runs, own_folder, capsys):
+    (own_folder / "broken").touch()
+    with pytest.raises(WMError, match="2 stages failed"):
+        grid("jobs=1", "seeds=[1]")
+    output = capsys.readouterr().out
+    assert "RuntimeError: no game is left" in output  # the last lines of its log
+    assert "**Not finished:** beta 1, temperature 1.0, seed 1" in output
+    assert "| 1 | 1.0 | - | - | - | 0 of 1 |" in output
+    assert "| 1 | 0.5 | 2.000 | 20.0 ± " in output
+    _, (parent,), children = mlflow_runs(runs, grid.name)
+    ended = {name: child.info.status for name, child in children.items()}
+    assert ended["beta 1, temperature 1.0, seed 1"] == parent.info.status == "FAILED"
+    assert ended["beta 1, temperature 0.5, seed 1"] == "FINISHED"
+
+    (own_folder / "broken").unlink()
+    grid("jobs=1", "seeds=[1]")  # the same parent and children
+    _, (again,), children = mlflow_runs(runs, grid.name)
+    assert again.info.run_id == parent.info.run_id
+    assert {child.info.status for child in children.values()} == {again.info.status} == {"FINISHED"}
+    assert begun("vision") == 2 and begun("evaluate") == 6  # two of them twice
+
+
+def test_an_interrupted_grid_goes_on_where_it_was(grid, runs, own_folder):
+    (own_folder / "interrupt").touch()
+    with pytest.raises(KeyboardInterrupt):
+        grid("jobs=1", "seeds=[0]")
+    _, (parent,), _ = mlflow_runs(runs, grid.name)
+    assert parent.info.status == "KILLED"
+    grid("jobs=1", "seeds=[0]")
+    assert begun("vision") == 2 and begun("evaluate") in (4, 5)  # at most one was cut
+    assert mlflow_runs(runs, grid.name)[1][0].info.status == "FINISHED"
+
+
+def test_a_dry_run_says_what_is_done_and_does_nothing(grid, runs, capsys):
+    folder = grid("--dry-run")
+    output = capsys.readouterr().out
+    assert "0 of 2 stages done  beta 1, temperature 0.5, seed 2" in output
+    assert "18 distinct stages to do" in output and "about " in output
+    assert not folder.exists() and not (runs / "tiny").exists()
+
+
+def test_what_is_published_is_copied_beside_the_grid(grid, own_folder):
+    with pytest.raises(ConfigError, match="3 training seeds at least"):
+        grid("publish=true", "seeds=[0,1]")
+    grid("publish=true", "jobs=1")
+    names = {path.name for path in (own_folder / grid.name).iterdir()}
+    assert names == {"table.csv", "table.md", "figure.png", "pictures.png"}
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ([], "name one grid"),
+        (["a.yaml", "b.yaml"], "name one grid"),
+        (["none.yaml"], "cannot read"),
+        (["g.yaml", "seed=1"], r"seeds=\[0,1,2\]"),
+        (["g.yaml", "vision.beta=1"], "set by an axis"),
+        (["g.yaml", "vision.latents=1"], "unknown key 'vision.latents'"),
+        (["g.yaml", "jobs=many"], "jobs"),
+        (["g.yaml", "jobs=-1"], "the nearest valid value is 0"),
+    ],
+)
+def test_words_that_cannot_be_meant_are_refused(words, says, own_folder):
+    (own_folder / "g.yaml").write_text(GRID)
+    with pytest.raises(ConfigError, match=says):
+        ablate(FAMILY, words)
+    assert [path.name for path in own_folder.iterdir()] == ["g.yaml"]

@@ -1,0 +1,186 @@
+"""What a grid comes to: table.csv, table.md, figure.png and, where asked for, pictures.png."""
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from wm import figures
+from wm.evaluate import CONFIDENCE, Score
+from wm.files import write_atomically
+from wm.grid import Cell, Grid, matches, published
+from wm.tracking import git_commit
+from wm.trials import Trial, together
+
+PARTS = ("mean", "std", "ci_low", "ci_high")
+RANDOM = "random/mean"  # drawn as a line beside the agents' scores
+SCORE = "eval/mean"
+
+
+class Row:
+    """A cell, its trials, and the scores of all metrics over the finished ones."""
+
+    def __init__(self, cell: Cell, trials: Sequence[Trial], metrics: Sequence[str]):
+        self.cell, self.trials = cell, trials
+        self.scores = {metric: together(trials, metric) for metric in metrics}
+        self.finished = sum(trial.finished for trial in trials)
+
+    @property
+    def seeds(self) -> str:
+        count = len(self.trials)
+        return str(count) if self.finished == count else f"{self.finished} of {count}"
+
+
+def write_results(grid: Grid, trials: Sequence[Trial], command: str, folder: Path) -> list[Path]:
+    """Write everything into a folder; the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = dict.fromkeys([*grid.metrics, RANDOM])
+    by_cell: dict[Cell, list[Trial]] = {}
+    for trial in trials:
+        by_cell.setdefault(trial.cell, []).append(trial)
+    rows = [Row(cell, its, list(metrics)) for cell, its in by_cell.items()]
+    write_atomically(folder / "table.csv", table_csv(grid, rows))
+    write_atomically(folder / "table.md", table_md(grid, rows, command))
+    files = [folder / "table.csv", folder / "table.md"]
+    files.append(figures.save(draw(grid, rows), folder / "figure.png"))
+    if grid.pictures and (shown := pictures(grid, rows)):
+        files.append(figures.save(figures.stacked(shown), folder / "pictures.png"))
+    return files
+
+
+def table_csv(grid: Grid, rows: Sequence[Row]) -> str:
+    """One line a cell: axes, finished seeds, episodes of each, five columns a metric."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    names = [f"{metric} {part}" for metric in grid.metrics for part in (*PARTS, "published")]
+    table.writerow([*grid.axes, "seeds", "episodes", *names])
+    for row in rows:
+        line = [*row.cell.values.values(), row.finished, row.trials[0].episodes]
+        for metric in grid.metrics:
+            score = row.scores[metric]
+            line += [getattr(score, part) for part in PARTS] if score else [""] * len(PARTS)
+            line.append(published(grid, row.cell, metric))
+        table.writerow(line)
+    return text.getvalue()
+
+
+def table_md(grid: Grid, rows: Sequence[Row], command: str) -> str:
+    """Question, caption, table, and what did not finish."""
+    beside = {m for m in grid.metrics if any(published(grid, row.cell, m) for row in rows)}
+    heads = [*grid.axes]
+    for metric in grid.metrics:
+        heads += [metric, f"{metric}, published"] if metric in beside else [metric]
+    lines = [_line([*heads, "seeds"]), _line(["---"] * (len(heads) + 1))]
+    for row in rows:
+        line = [*row.cell.values.values()]
+        for metric in grid.metrics:
+            line.append(shown(row.scores[metric]))
+            if metric in beside:
+                line.append(published(grid, row.cell, metric) or "-")
+        lines.append(_line([*line, row.seeds]))
+    parts = [
+        f"# {grid.name}",
+        f"Question: {grid.question}",
+        f"Published: {grid.answer}",
+        "\n".join(lines),
+        caption(rows),
+        *_elsewhere(grid, rows),
+        *(f"**Not finished:** {t.name}" for row in rows for t in row.trials if not t.finished),
+        f"```\n{command}\n```",
+        commits(rows),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """How many seeds and episodes a number stands for, and what is written around it."""
+    seeds = [trial.seed for trial in rows[0].trials]
+    episodes = rows[0].trials[0].episodes
+    return (
+        f"Training seeds: {len(seeds)} ({', '.join(map(str, seeds))}), {episodes} episodes each. "
+        "Scores: mean ± standard deviation over episodes, and the "
+        f"{CONFIDENCE:.0%} bootstrap interval of the mean over seeds and episodes. Other numbers: "
+        "mean ± standard deviation over seeds, and their interval where there are three."
+    )
+
+
+def commits(rows: Sequence[Row]) -> str:
+    """Of this table, and of the stages that it is made from."""
+    stages = [s for row in rows for trial in row.trials for s in trial.pipeline.stages if s.done]
+    made_at = sorted({stage.record["versions"]["commit"] for stage in stages})
+    return f"Table at commit {git_commit()}; stages made at {', '.join(made_at) or 'none'}."
+
+
+def _elsewhere(grid: Grid, rows: Sequence[Row]) -> list[str]:
+    """Published numbers that stand beside no cell."""
+    lonely = [line for line in grid.published if not any(matches(line, r.cell) for r in rows)]
+    return [
+        "Published, without a cell here: "
+        + ", ".join(f"{k} {v}" for k, v in {**line.get("at", {}), **line}.items() if k != "at")
+        for line in lonely
+    ]
+
+
+def _line(words: Sequence[str]) -> str:
+    return f"| {' | '.join(words)} |"
+
+
+def shown(score: Score | None) -> str:
+    """A mean, with what is known of its uncertainty; small ones with three decimals."""
+    if score is None:
+        return "-"
+    decimals = 0 if abs(score.mean) >= 1e4 else 1 if abs(score.mean) >= 10 else 3
+    numbers = [f"{getattr(score, part):,.{decimals}f}" for part in PARTS]
+    if np.isnan(score.ci_low):
+        return numbers[0]
+    return f"{numbers[0]} ± {numbers[1]} [{numbers[2]}, {numbers[3]}]"
+
+
+def draw(grid: Grid, rows: Sequence[Row]) -> figures.Figure:
+    """A panel for each metric over the last axis, a colour for each combination of the others."""
+    *others, last = grid.axes
+    labels = list(dict.fromkeys(row.cell.values[last] for row in rows))
+    series: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        name = ", ".join(row.cell.values[axis] for axis in others) or "ours"
+        series.setdefault(name, {})[row.cell.values[last]] = row
+    panels = {
+        metric: {
+            name: _series(grid, metric, [at[label] for label in labels])
+            for name, at in series.items()
+        }
+        for metric in grid.metrics
+    }
+    return figures.panels(panels, labels, last.split(".")[-1])
+
+
+def _series(grid: Grid, metric: str, rows: Sequence[Row]) -> figures.Series:
+    scores = [row.scores[metric] for row in rows]
+    y, low, high = (
+        np.array([getattr(score, part) if score else np.nan for score in scores], float)
+        for part in ("mean", "ci_low", "ci_high")
+    )
+    theirs = [first_number(published(grid, row.cell, metric)) for row in rows]
+    scored = [row.scores[RANDOM] for row in rows if row.scores[RANDOM] and metric == SCORE]
+    return figures.Series(y, low, high, np.array(theirs), scored[0].mean if scored else None)
+
+
+def first_number(text: str) -> float:
+    """The mean of a published `mean ± deviation`; NaN of nothing."""
+    found = re.match(r"\s*(-?[\d.]+)", text)
+    return float(found[1]) if found else float("nan")
+
+
+def pictures(grid: Grid, rows: Sequence[Row]) -> dict[str, Path]:
+    """The grid's picture of each cell's first trial."""
+    stage_name, _, file = grid.pictures.partition("/")
+    found = {
+        row.cell.name: stage.folder / file
+        for row in rows
+        for stage in row.trials[0].pipeline.stages
+        if stage.name == stage_name
+    }
+    return {name: path for name, path in found.items() if path.is_file()}

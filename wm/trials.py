@@ -1,0 +1,109 @@
+"""One trial of a grid, a cell with a training seed, and what several say together."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from wm.evaluate import Score, read_returns, score, score_of_seeds
+from wm.grid import Cell
+from wm.schedule import Pipeline
+from wm.stages import Stage
+from wm.tracking import Tracker, read_metrics
+
+RETURNS = {  # metrics that are means over episodes, and the file in which their stage keeps these
+    "random/mean": "episodes.csv",
+    "eval/mean": "episodes.csv",
+    "dream/mean": "dreams.csv",
+}
+LEAST_SEEDS = 3  # of an interval over training seeds alone, and of what is published
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A cell with one training seed."""
+
+    cell: Cell
+    seed: int
+    episodes: int  # of a score
+    pipeline: Pipeline
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell.name}, seed {self.seed}"
+
+    @property
+    def command(self) -> str:
+        return f"wm run {' '.join(self.pipeline.words)}"
+
+    @property
+    def last(self) -> Stage:
+        return self.pipeline.stages[-1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the pipeline and its place in the grid: two cells may come to the same."""
+        return f"{self.name} {self.last.fingerprint}"
+
+    @property
+    def done(self) -> int:
+        """How many of its stages are."""
+        return sum(stage.done for stage in self.pipeline.stages)
+
+    @property
+    def finished(self) -> bool:
+        return self.last.done
+
+    def fact(self, metric: str) -> float | None:
+        """The last value of a metric, of the newest stage that knows it."""
+        for stage in reversed(self.pipeline.stages):
+            record = stage.record
+            if record and metric in record["facts"]:
+                return record["facts"][metric]
+            if values := read_metrics(stage.folder).get(metric):
+                return values[max(values)]
+        return None
+
+    def returns(self, metric: str) -> list[float]:
+        """The episodes whose mean a metric is."""
+        stages = self.pipeline.stages
+        folder = next(s.folder for s in stages if s.done and metric in s.record["facts"])
+        return read_returns(folder / RETURNS[metric])
+
+    def metrics(self, names: Sequence[str]) -> dict[str, float]:
+        """Of this trial alone; with means over episodes their deviation and interval."""
+        around = ("std", "ci_low", "ci_high")
+        means = [name.removesuffix("mean") for name in names if name in RETURNS]
+        wanted = [*names, *(mean + part for mean in means for part in around)]
+        facts = {name: self.fact(name) for name in wanted}
+        return {name: value for name, value in facts.items() if value is not None}
+
+    def line(self, names: Sequence[str]) -> str:
+        facts = ((name, self.fact(name)) for name in names)
+        known = [f"{name} {value:.4g}" for name, value in facts if value is not None]
+        return f"{self.name}: {', '.join(known)}"
+
+    def track(self, tracker: Tracker, names: Sequence[str]) -> None:
+        """Its run below the grid's: every axis and the seed as parameters."""
+        set_here = {**self.cell.values, "seed": self.seed}
+        tracker.cell(self.name, self.fingerprint, set_here, self.metrics(names))
+
+
+def together(trials: Sequence[Trial], metric: str) -> Score | None:
+    """The score of a cell's finished trials; None if none knows the metric.
+
+    Means over episodes have the deviation over episodes and an interval of both levels. Other
+    metrics have one value a seed: deviation and interval are over seeds, NaN for less than three.
+    """
+    known = [(trial, trial.fact(metric)) for trial in trials if trial.finished]
+    known = [(trial, value) for trial, value in known if value is not None]
+    if not known:
+        return None
+    if metric in RETURNS:
+        return score_of_seeds([trial.returns(metric) for trial, _ in known])
+    values = [value for _, value in known]
+    if len(values) < LEAST_SEEDS:
+        return Score(float(np.mean(values)), math.nan, math.nan, math.nan, 1, len(values))
+    over = score(values)
+    return Score(over.mean, over.std, over.ci_low, over.ci_high, 1, len(values))
