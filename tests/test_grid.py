@@ -1,0 +1,137 @@
+"""Grid files: what their axes come to, which words win, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+import wm
+from wm.ablate import ablate
+from wm.config import ConfigError, load
+from wm.grid import at_scale, base_words, cells, matches, published, read_grid
+from wm.worldmodels import pipeline
+from wm.worldmodels.pipeline import Config, stages
+
+ABLATIONS = Path(wm.__file__).parent.parent / "ablations"
+GRIDS = sorted(ABLATIONS.glob("*.yaml"))
+HEAD = "# Question: does it?\n# Published: it does.\n"
+FULL = """
+base: {env: tiny, vision.latent: 4}
+axes:
+  memory.mixtures: [1, 2, {many: {memory.mixtures: 8, memory.moves: false}}]
+  data: {little: {collect.episodes: 4}, much: {collect.episodes: {"1": 8, "2": 9, many: 10}}}
+seeds: [0, 1]
+metrics: [eval/mean, dream/mean]
+published:
+  - {by: them, at: {memory.mixtures: 2}, eval/mean: 5 ± 1}
+  - {by: others, at: {memory.mixtures: 2, data: much}, eval/mean: 7 ± 2}
+at: {smoke: {seeds: [7], base: {vision.latent: 3}, axes: {memory.mixtures: [2]}}}
+"""
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """grid(text): a file `sizes.yaml` with the two headings and the text, read."""
+
+    def read(text=FULL, head=HEAD):
+        (tmp_path / "sizes.yaml").write_text(head + text)
+        return read_grid(tmp_path / "sizes.yaml")
+
+    return read
+
+
+def test_cells_are_the_product_of_the_axes(grid):
+    made = cells(grid())
+    shown = [tuple(cell.values.values()) for cell in made]
+    assert shown == [(m, d) for m in ("1", "2", "many") for d in ("little", "much")]
+    assert made[0].words == (
+        "env=tiny",
+        "vision.latent=4",
+        "memory.mixtures=1",
+        "collect.episodes=4",
+    )
+    assert set(made[-1].words[2:]) == {
+        "memory.mixtures=8",
+        "memory.moves=false",
+        "collect.episodes=10",  # that of its value on the other axis
+    }
+    assert [cell.name for cell in made][:2] == ["mixtures 1, little", "mixtures 1, much"]
+
+
+def test_a_value_may_depend_on_the_game_of_the_base(grid):
+    text = "base: {env: tiny}\naxes: {size: {a: {seed: {tiny: 3, carracing: 4}}}}"
+    assert cells(grid(text))[0].words == ("env=tiny", "seed=3")
+    assert cells(grid(text), ["env=carracing"])[0].words == ("env=carracing", "seed=4")
+    with pytest.raises(ConfigError, match="seed has no value of its own for a, takecover"):
+        cells(grid(text), ["env=takecover"])
+
+
+def test_words_win_over_the_base_and_not_over_an_axis(grid):
+    assert cells(grid(), ["vision.latent=5"])[0].words[:2] == ("env=tiny", "vision.latent=5")
+    assert base_words(grid(), ["vision.latent=5"]) == ["env=tiny", "vision.latent=5"]
+    with pytest.raises(ConfigError, match=r"memory\.mixtures is set by an axis of sizes"):
+        cells(grid(), ["memory.mixtures=5"])
+
+
+def test_a_scale_changes_what_it_names_and_nothing_else(grid):
+    small = at_scale(grid(), "smoke")
+    assert (small.seeds, small.axes) == ([7], {"memory.mixtures": [2]})
+    assert small.base == {"env": "tiny", "vision.latent": 3}
+    assert (small.metrics, small.published) == (grid().metrics, grid().published)
+    assert at_scale(grid(), "demo").axes == grid().axes
+
+
+def test_published_numbers_stand_beside_the_cells_that_they_name(grid):
+    full = grid()
+    by_name = {cell.name: cell for cell in cells(full)}
+    both = "5 ± 1 (them); 7 ± 2 (others)"
+    assert published(full, by_name["mixtures 2, much"], "eval/mean") == both
+    assert published(full, by_name["mixtures 2, little"], "eval/mean") == "5 ± 1 (them)"
+    assert published(full, by_name["mixtures 2, much"], "dream/mean") == ""
+    assert not any(matches(row, by_name["mixtures 1, much"]) for row in full.published)
+
+
+@pytest.mark.parametrize(
+    "text, head, says",
+    [
+        ("axis: {seed: [1]}", HEAD, "unknown key 'axis'; did you mean 'axes'"),
+        ("axes: {seed: [1]}\nseeds: [a]", HEAD, "seeds"),
+        ("", HEAD, "no axes"),
+        ("axes: {seed: [1]}", "# Question: does it?\n", "must begin with a line '# Published: "),
+        ("axes: {seed: [1]}", "", "must begin with a line '# Question: "),
+        ("axes: {seed: [1", HEAD, "cannot read"),
+        ("axes: {seed: 1}", HEAD, "axis seed"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_what_is_wrong(text, head, says, grid):
+    with pytest.raises(ConfigError, match=says):
+        cells(grid(text, head))
+
+
+def test_a_file_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match=r"cannot read nowhere\.yaml"):
+        read_grid(Path("nowhere.yaml"))
+
+
+def test_there_are_grids():
+    assert len(GRIDS) >= 9
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("scale", ["smoke", "paper"])  # the least and the most
+def test_every_cell_of_every_grid_is_a_pipeline_of_its_own(path, scale):
+    grid = at_scale(read_grid(path), scale)
+    graphs = [stages(load(Config, [*cell.words, f"scale={scale}"])) for cell in cells(grid)]
+    assert len({graph[-1].fingerprint for graph in graphs}) == len(graphs) > 1
+    assert scale == "smoke" or len(grid.seeds) >= 3
+    if scale != "smoke":
+        lonely = [row for row in grid.published if not any(matches(row, c) for c in cells(grid))]
+        assert not lonely
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_every_grid_runs_at_its_smallest(path, runs):
+    ablate(pipeline, [str(path), "scale=smoke", f"runs={runs}"])
+    folder = runs / "ablations" / f"{path.stem}-smoke"
+    assert "Not finished" not in (folder / "table.md").read_text()
+    assert (folder / "figure.png").stat().st_size > 5000
