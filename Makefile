@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 WM := $(VENV)/bin/wm
 ARGS ?=
+SCALE ?= demo
+GRIDS := $(patsubst ablations/%.yaml,ablation-%,$(wildcard ablations/*.yaml))
 
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 setup: $(VENV)/installed  ## create .venv and install the project
 
@@ -29,6 +31,11 @@ carracing: setup  ## the full CarRacing pipeline (up to an hour on 2 cores)
 takecover: setup  ## the full take-cover pipeline (up to half an hour on 2 cores)
 	$(WM) run env=takecover scale=laptop $(ARGS)
 
+ablation-%: setup  ## one grid, as ablation-temperature; SCALE=smoke|demo|laptop, ARGS=--dry-run
+	$(WM) ablate ablations/$*.yaml scale=$(SCALE) $(ARGS)
+
+ablations: $(GRIDS)  ## all grids; `make -k ablations` goes on after a failed cell
+
 bench: setup  ## time the parts beside what they are measured against (under 10 minutes)
 	$(WM) bench $(ARGS)
 
@@ -36,7 +43,7 @@ ui: setup  ## browse all runs in MLflow, on this machine only
 	@mkdir -p runs
 	$(VENV)/bin/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
 
-test: $(VENV)/tested  ## run the test suite
+test: $(VENV)/tested  ## run the test suite; ARGS='-m slow' runs every grid at its smallest
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 lint: $(VENV)/tested  ## check format and style
@@ -47,4 +54,5 @@ clean:  ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo carracing takecover bench ui test lint clean
+# A pattern cannot be phony: no file is called ablation-NAME.
+.PHONY: help setup demo carracing takecover ablations bench ui test lint clean
