@@ -13,7 +13,6 @@ from wm.collect import (
     Patience,
     collect,
     record,
-    shard_folder,
 )
 from wm.envs import EnvConfig, as_vector, make_env
 from wm.episodes import EpisodeStore
@@ -89,9 +88,10 @@ def test_a_disk_too_small_is_refused_before_anything_is_played(workers, tmp_path
 
 
 def test_what_is_there_needs_no_disk(workers, tmp_path, capsys, monkeypatch):
-    for first in (0, SHARD_EPISODES):
-        shard_folder(tmp_path, SEEDS[first:]).mkdir()
+    seeds = SEEDS[: 2 * SHARD_EPISODES]
+    collect(TINY, PLAYER, seeds, tmp_path, workers)
     monkeypatch.setitem(TYPICAL_STEPS, "tiny", 10**15)
     endless = EnvConfig("tiny", max_steps=10**15)
-    collect(endless, PLAYER, SEEDS[: 2 * SHARD_EPISODES], tmp_path, workers)
+    capsys.readouterr()
+    collect(endless, PLAYER, seeds, tmp_path, workers)
     assert "collect: 0 episodes" in capsys.readouterr().out

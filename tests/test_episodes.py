@@ -94,7 +94,7 @@ def test_a_shard_that_cannot_be_finished_leaves_nothing(step, tmp_path, monkeypa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, step, full)
-    with pytest.raises(WMError, match="No space left on device; free some disk"):
+    with pytest.raises(WMError, match=r"No space left on device; it needs .* free some disk"):
         write_shard(tmp_path / "collect" / "shard-1", [random_episode(1, 3)])
     assert os.listdir(tmp_path / "collect") == []
 
@@ -122,7 +122,7 @@ def test_arrays_that_disagree_with_the_index_are_found_out(kept):
     record = json.loads((shard / "index.json").read_text())
     record["episodes"].pop()
     (shard / "index.json").write_text(json.dumps(record))
-    with pytest.raises(WMError, match="lengths disagree"):
+    with pytest.raises(WMError, match=r"frames\.npy holds uint8"):
         Shard(shard)
 
 

@@ -26,6 +26,9 @@ USAGE = """usage: wm COMMAND [env=GAME] [scale=SCALE] [key=value ...]
   bench        time the parts beside what they are measured against (under 10 minutes);
                run=ID only says what bfloat16 does to the ranks of an agent's candidates
 
+  with --repair behind its words, run or a stage looks at the hash of all that is done, and makes
+  what is damaged again
+
 for instance: wm run env=takecover scale=laptop controller.temperature=1.15 seed=3"""
 
 

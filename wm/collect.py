@@ -15,7 +15,7 @@ from wm import WMError
 from wm.config import bounded
 from wm.envpool import EnvPoolGames
 from wm.envs import FRAME, EnvConfig, as_vector, make_env
-from wm.episodes import Episode, Recorder, write_shard
+from wm.episodes import Episode, Recorder, Shard, write_shard
 from wm.rollout import rollout
 from wm.workers import Player, Workers, time_limit
 
@@ -89,7 +89,7 @@ def collect(
     workers: Workers,
     config: CollectConfig | None = None,
 ) -> None:
-    """Fill `folder` with one shard per SHARD_EPISODES seeds; shards that exist are kept.
+    """Fill `folder` with one shard per SHARD_EPISODES seeds; sound ones that exist are kept.
 
     Raises:
         WMError: if the disk cannot hold the estimate, or a game fails again and again.
@@ -97,7 +97,7 @@ def collect(
     for cut in folder.glob(".shard-*"):  # by a process that was killed
         shutil.rmtree(cut, ignore_errors=True)
     chunks = [seeds[i : i + SHARD_EPISODES] for i in range(0, len(seeds), SHARD_EPISODES)]
-    missing = [chunk for chunk in chunks if not shard_folder(folder, chunk).exists()]
+    missing = [chunk for chunk in chunks if not _is_there(folder, chunk)]
     _check_disk(env, sum(map(len, missing)), folder)
     task = partial(record_shard, env, player, config or CollectConfig(), folder)
     shards = workers.map(task, missing, time_limit(env, SHARD_EPISODES))
@@ -105,6 +105,22 @@ def collect(
     with tqdm(total=len(seeds), initial=kept, desc="collect", unit="episode") as progress:
         for chunk, _ in zip(missing, shards, strict=True):
             progress.update(len(chunk))
+
+
+def _is_there(folder: Path, seeds: Sequence[int]) -> bool:
+    """Whether the shard of these seeds is there and sound; a damaged one is named and removed."""
+    path = shard_folder(folder, seeds)
+    if not path.exists():
+        return False
+    try:
+        shard = Shard(path)
+        if [entry.seed for entry in shard.index] == list(seeds) and shard.sound():
+            return True
+    except WMError:
+        pass  # as bad as another hash
+    print(f"collect: {path} is damaged and is played again", flush=True)
+    shutil.rmtree(path)
+    return False
 
 
 def _check_disk(env: EnvConfig, episodes: int, folder: Path) -> None:

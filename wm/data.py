@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from wm import WMError
 from wm.episodes import EpisodeStore
+from wm.files import read_array
 from wm.training import StepsData
 
 VALIDATION_FRAMES = 1000
@@ -54,8 +56,15 @@ class Latents:
     """V's view of a store: mean and log-variance [frames,Z], memory-mapped, in its order."""
 
     def __init__(self, folder: Path):
-        self.mean = np.load(folder / "mean.npy", mmap_mode="r")
-        self.log_variance = np.load(folder / "log_variance.npy", mmap_mode="r")
+        try:
+            self.mean = read_array(folder / "mean.npy", np.float32, None, None)
+            self.log_variance = read_array(
+                folder / "log_variance.npy", np.float32, *self.mean.shape
+            )
+        except (OSError, ValueError) as error:
+            raise WMError(
+                f"{folder} is damaged ({error}); delete it and rerun `wm vision`"
+            ) from error
 
 
 class Sequences:

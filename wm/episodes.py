@@ -5,6 +5,7 @@ an episode of T steps are T+1: the last one is what the final action led to.
 """
 
 import json
+import math
 import os
 import shutil
 import uuid
@@ -17,8 +18,10 @@ import numpy as np
 from gymnasium.vector import VectorWrapper
 
 from wm import WMError
-from wm.files import sha256
+from wm.envs import FRAME
+from wm.files import cannot_write, read_array, read_json, sha256
 
+ARRAYS = ("frames", "actions", "rewards")
 VALIDATION_EVERY = 10  # every tenth episode is for validation
 
 
@@ -82,12 +85,12 @@ def write_shard(folder: Path, episodes: Sequence[Episode]) -> None:
     """Write a shard: into a temporary folder beside the target, synced, then renamed.
 
     Raises:
-        WMError: if the disk is full; nothing partial is left.
+        WMError: if the disk is full, saying how much is needed; nothing partial is left.
     """
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
         partial.mkdir(parents=True)
-        for name in ("frames", "actions", "rewards"):
+        for name in ARRAYS:
             array = np.concatenate([getattr(episode, name) for episode in episodes])
             with open(partial / f"{name}.npy", "wb") as file:
                 np.save(file, array)
@@ -102,31 +105,54 @@ def write_shard(folder: Path, episodes: Sequence[Episode]) -> None:
         (partial / "index.json").write_text(json.dumps(record, indent=1))
         os.replace(partial, folder)
     except OSError as error:
-        raise WMError(
-            f"cannot write {folder}: {error.strerror or error}; free some disk and rerun"
-        ) from error
+        shutil.rmtree(partial, ignore_errors=True)  # before the space is measured
+        need = sum(getattr(episode, name).nbytes for episode in episodes for name in ARRAYS)
+        raise cannot_write(folder, need, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 class Shard:
-    """One shard, read-only, memory-mapped."""
+    """One shard, read-only, its frames memory-mapped.
+
+    Its hashes are not looked at here, which would read every frame: see `sound`.
+
+    Raises:
+        WMError: if it is damaged, or something else.
+    """
 
     def __init__(self, folder: Path):
+        self.folder = folder
         try:
-            record = json.loads((folder / "index.json").read_text())
-            self.index = [EpisodeIndex(**entry) for entry in record["episodes"]]
-            self.frames = np.load(folder / "frames.npy", mmap_mode="r")
-            self.actions = np.load(folder / "actions.npy")
-            self.rewards = np.load(folder / "rewards.npy")
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            record = read_json(folder / "index.json")
+            self.index = [_checked(EpisodeIndex(**entry)) for entry in record["episodes"]]
+            self.sha256 = dict(record["sha256"])
+            steps = sum(entry.steps for entry in self.index)
+            self.frames = read_array(
+                folder / "frames.npy", np.uint8, steps + len(self.index), *FRAME
+            )
+            self.actions = np.array(read_array(folder / "actions.npy", np.float32, steps, None))
+            self.rewards = np.array(read_array(folder / "rewards.npy", np.float32, steps))
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise WMError(
-                f"{folder} is damaged ({error}); delete it and collect again: only what is "
-                "missing is played"
+                f"{folder} is damaged ({error}); `--repair` behind the words of its `wm collect` "
+                "plays it again, the same"
             ) from error
-        steps = sum(entry.steps for entry in self.index)
-        if len(self.frames) != steps + len(self.index) or len(self.actions) != steps:
-            raise WMError(f"{folder} is damaged (lengths disagree); delete it and collect again")
+
+    def sound(self) -> bool:
+        """Whether every array has the hash that the index says."""
+        names = [f"{name}.npy" for name in ARRAYS]
+        return all(self.sha256.get(name) == sha256(self.folder / name) for name in names)
+
+
+def _checked(entry: EpisodeIndex) -> EpisodeIndex:
+    kinds = {"seed": int, "steps": int, "episode_return": (int, float)}
+    for name, kind in {**kinds, "terminated": bool, "truncated": bool}.items():
+        if not isinstance(getattr(entry, name), kind):
+            raise ValueError(f"{name} is {getattr(entry, name)!r:.50}")
+    if entry.steps < 1 or not math.isfinite(entry.episode_return):
+        raise ValueError(f"an episode of {entry.steps} steps, {entry.episode_return} reward")
+    return entry
 
 
 class EpisodeStore:

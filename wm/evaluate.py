@@ -10,6 +10,7 @@ import numpy as np
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
+from wm import WMError
 from wm.config import bounded
 from wm.envs import EnvConfig, held_out_seeds
 from wm.files import write_atomically
@@ -93,5 +94,13 @@ def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
 
 
 def read_returns(path: Path) -> list[float]:
-    with open(path, newline="") as file:
-        return [float(row["return"]) for row in csv.DictReader(file)]
+    """The returns of a table of episodes.
+
+    Raises:
+        WMError: if it is none.
+    """
+    try:
+        with open(path, newline="") as file:
+            return [float(row["return"]) for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise WMError(f"{path} is no table of episodes ({error}); delete it and rerun") from error

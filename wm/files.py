@@ -1,11 +1,23 @@
-"""Durable files: a file with its right name is whole, and its hash says so."""
+"""Durable files: a file with its right name is whole, and its hash says so.
 
+What is read may come from a stranger or a failing disk: readers here check before they believe.
+"""
+
+import errno
 import hashlib
+import json
 import os
+import shutil
 import uuid
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from wm import WMError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LARGEST_TEXT = 2**25  # bytes of a manifest or a configuration: far more than any of ours
 
 
 def sha256(path: Path) -> str:
@@ -17,6 +29,84 @@ def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, by its path within."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): sha256(path) for path in files}
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file that a manifest names.
+
+    Raises:
+        WMError: if it leads out of the folder, by dots, from the root or through a link.
+    """
+    path = folder / name
+    try:
+        if "\0" not in name and path.resolve().is_relative_to(folder.resolve()):
+            return path
+    except (OSError, RuntimeError):  # a name too long, a link to itself
+        pass
+    raise WMError(f"{folder} names the file '{name[:200]}', which leads out of it; do not use it")
+
+
+def read_text(path: Path) -> str:
+    """The text of a small file.
+
+    Raises:
+        OSError, ValueError: if there is none, or it is too large or no text.
+    """
+    if path.stat().st_size > LARGEST_TEXT:
+        raise ValueError(f"it is larger than {LARGEST_TEXT >> 20} MB")
+    return path.read_text()
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        OSError, ValueError: if it cannot be read or is none.
+    """
+    try:
+        return json.loads(read_text(path))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_array(path: Path, dtype: type, *shape: int | None) -> np.ndarray:
+    """A .npy file, memory-mapped, so that its header cannot ask for more memory than it is long.
+
+    Args:
+        shape: of the array; None where any length will do.
+
+    Raises:
+        OSError, ValueError: if it cannot be read or is something else.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # the parser's of the header, of many classes
+        raise ValueError(f"{path.name} has no header: {type(error).__name__}") from None
+    holds = getattr(array, "dtype", None), getattr(array, "shape", ())
+    agree = len(holds[1]) == len(shape) and all(
+        n in (None, m) for n, m in zip(shape, holds[1], strict=True)
+    )
+    if not isinstance(array, np.ndarray) or holds[0] != dtype or not agree:
+        raise ValueError(f"{path.name} holds {holds[0]} {holds[1]}, not {dtype.__name__} {shape}")
+    return array
+
+
+def cannot_write(path: Path, need: int, error: Exception) -> WMError:
+    """What to say when `need` bytes did not go to a path; a full disk is named with its space."""
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    reason = getattr(error, "strerror", None) or error
+    free = shutil.disk_usage(folder).free
+    return WMError(
+        f"cannot write {path}: {reason}; it needs {size(need)} and {folder} has {size(free)} "
+        "free; free some disk and rerun: the same command goes on from here"
+    )
+
+
+def size(count: float) -> str:
+    """Bytes, as people read them."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -34,7 +124,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise WMError(f"cannot write {path}: {error.strerror}; free some disk and rerun") from error
+        partial.unlink(missing_ok=True)  # before the space is measured
+        raise cannot_write(path, len(data), error) from error
     finally:
         partial.unlink(missing_ok=True)
 

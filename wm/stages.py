@@ -8,20 +8,34 @@ stage is finished when its folder holds DONE.json.
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from wm import WMError
-from wm.files import sha256, write_atomically
+from wm.files import inside, read_json, sha256, write_atomically
 
 DONE = "DONE.json"
 CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"  # what the stage has measured: reports are made from it
+MANIFEST = {  # what DONE.json holds, and of which kind
+    "fingerprint": str,
+    "config": dict,
+    "inputs": dict,
+    "seconds": int | float,
+    "busy_seconds": int | float,
+    "facts": dict,
+    "versions": dict,
+    "run_id": str | None,
+    "files": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -66,40 +80,86 @@ class Stage:
 
     @property
     def record(self) -> dict[str, Any] | None:
-        """The DONE manifest, or None while the stage is unfinished or a file of it is missing."""
-        try:
-            manifest = json.loads((self.folder / DONE).read_text())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
+        """The DONE manifest, or None while the stage is unfinished or a file of it is missing.
+
+        Raises:
+            WMError: if the manifest is damaged, another stage's, or names files elsewhere.
+        """
+        manifest = read_manifest(self.folder)
+        if manifest and manifest["fingerprint"] != self.fingerprint:
             raise WMError(
-                f"{self.folder / DONE} is damaged ({error}); delete it and rerun"
-            ) from error
-        intact = all(
-            (self.folder / name).is_file() and (self.folder / name).stat().st_size == entry["bytes"]
-            for name, entry in manifest["files"].items()
-        )
-        return manifest if intact else None
+                f"{self.folder} holds a stage of another configuration; move it elsewhere and rerun"
+            )
+        return manifest if manifest and _all_there(self.folder, manifest) else None
 
 
-def run_stage(stage: Stage, tracker: Any, command: str = "wm run") -> Path:
-    """Do the stage's work unless it is done already; its folder.
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What DONE.json of a folder says, or None where there is none.
 
     Raises:
-        WMError: if an input is missing, or another process works in the folder.
+        WMError: if it is no manifest.
     """
-    if stage.done:
+    try:
+        manifest = read_json(folder / DONE)
+        for name, kind in MANIFEST.items():
+            if not isinstance(manifest[name], kind):
+                raise TypeError(f"{name} is {manifest[name]!r:.50}")
+        if not all(isinstance(fact, int | float) for fact in manifest["facts"].values()):
+            raise TypeError("a fact is no number")
+        for entry in manifest["files"].values():
+            int(entry["bytes"]), str(entry["sha256"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise WMError(f"{folder / DONE} is damaged ({error}); delete it and rerun") from error
+    return manifest
+
+
+def _all_there(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether every output has its size; to look at hashes here would read all data every time."""
+    paths = {inside(folder, name): entry["bytes"] for name, entry in manifest["files"].items()}
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+
+
+def damaged(stage: Stage) -> list[Path]:
+    """The outputs of a finished stage that have not the hash they had when it finished."""
+    return _damaged(stage.folder, (stage.folder / DONE).stat().st_mtime_ns)
+
+
+@cache
+def _damaged(folder: Path, written: int) -> list[Path]:
+    """Every command reads what it builds on once from end to end; `written` tells one making of a
+    stage from the next.
+    """
+    files = read_manifest(folder)["files"].items()
+    paths = {inside(folder, name): entry["sha256"] for name, entry in files}
+    return [path for path, digest in paths.items() if sha256(path) != digest]
+
+
+def run_stage(stage: Stage, tracker: Any, command: str = "wm run", repair: bool = False) -> Path:
+    """Do the stage's work unless it is done already; its folder.
+
+    repair: look at the hashes of what is done, and make again what is damaged.
+
+    Raises:
+        WMError: if an input is missing or damaged, or another process works in the folder.
+    """
+    if stage.done and not (repair and damaged(stage)):
         print(f"{stage.label}: done before, in {stage.folder}")
         return stage.folder
     for needed in stage.inputs.values():
+        its_command = command.replace(stage.name, needed.name, 1)
         if not needed.done:
             raise WMError(
-                f"{stage.label} needs {needed.label}, which is not there; "
-                f"`{command.replace(stage.name, needed.name, 1)}` makes it"
+                f"{stage.label} needs {needed.label}, which is not there; `{its_command}` makes it"
             )
+        if bad := damaged(needed):
+            raise WMError(f"{bad[0]} is damaged; `{its_command} --repair` makes it again, the same")
     stage.folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(stage.folder / ".lock", timeout=0):
+            if stage.done:
+                _remove(stage, damaged(stage))
             (stage.folder / DONE).unlink(missing_ok=True)  # of a result that was damaged since
             print(f"{stage.label}: in {stage.folder}", flush=True)
             _work(stage, tracker)
@@ -108,11 +168,18 @@ def run_stage(stage: Stage, tracker: Any, command: str = "wm run") -> Path:
     return stage.folder
 
 
+def _remove(stage: Stage, paths: list[Path]) -> None:
+    """Remove what is damaged; where measurements are, the steps too that they were made in."""
+    for path in paths:
+        print(f"{stage.label}: {path} is damaged and is made again", flush=True)
+        path.unlink()
+    if stage.folder / METRICS in paths:
+        shutil.rmtree(stage.folder / CHECKPOINTS, ignore_errors=True)
+
+
 def _work(stage: Stage, tracker: Any) -> None:
-    clock = (
-        stage.folder / ".seconds"
-    )  # of earlier, interrupted runs: all, and with models and games
-    before, busy_before = json.loads(clock.read_text()) if clock.exists() else (0.0, 0.0)
+    clock = stage.folder / ".seconds"
+    before, busy_before = _earlier_seconds(clock)
     started = time.time()
     inputs = {role: needed.folder for role, needed in stage.inputs.items()}
     with tracker.stage(stage) as run:
@@ -120,7 +187,8 @@ def _work(stage: Stage, tracker: Any) -> None:
             facts = stage.work(stage.folder, inputs, run) or {}
         finally:
             seconds, busy = before + time.time() - started, busy_before + run.busy_seconds
-            write_atomically(clock, json.dumps([seconds, busy]))
+            with suppress(WMError):  # a full disk has stopped the work: say that instead
+                write_atomically(clock, json.dumps([seconds, busy]))
         run.log_metrics({"seconds": seconds, "busy_seconds": busy, **facts})
     manifest = {
         "stage": stage.label,
@@ -142,6 +210,15 @@ def _work(stage: Stage, tracker: Any) -> None:
     }
     write_atomically(stage.folder / DONE, json.dumps(manifest, indent=1))
     print(f"{stage.label}: finished in {seconds:.0f} s", flush=True)
+
+
+def _earlier_seconds(clock: Path) -> tuple[float, float]:
+    """What earlier, interrupted runs took: in all, and with models and games."""
+    try:
+        seconds, busy = map(float, read_json(clock))
+        return seconds, busy
+    except (OSError, ValueError, TypeError):  # there was none
+        return 0.0, 0.0
 
 
 def _outputs(folder: Path) -> list[Path]:

@@ -28,6 +28,7 @@ from wm.worldmodels.mdnrnn import MemoryConfig
 from wm.worldmodels.vae import VisionConfig
 
 PARITY_SEEDS = 20
+REPAIR = "--repair"
 VERSIONS = {  # raised when a stage's code changes what the stage makes
     "collect": 2,
     "vision": 2,
@@ -139,6 +140,7 @@ def result_config(config: Config) -> dict[str, Any]:
 
 def run(words: Sequence[str]) -> None:
     """All stages; those that are done are skipped. Ends with the table of scores."""
+    words, repair = split_repair(words)
     config = load(Config, words)
     graph = stages(config)
     if config.minutes and not graph[-1].done:
@@ -146,7 +148,7 @@ def run(words: Sequence[str]) -> None:
         print("remains, and after Ctrl-C the same command goes on where it was")
     with open_tracker(config, graph) as tracker:
         for stage in graph:
-            run_stage(stage, tracker, f"wm {stage.name} {' '.join(words)}")
+            run_stage(stage, tracker, f"wm {stage.name} {' '.join(words)}", repair)
         tracker.summarise(summary(graph), scored_controller(graph).record["run_id"])
     print_results(config, graph)
 
@@ -157,6 +159,7 @@ def run_only(name: str, words: Sequence[str]) -> None:
     Raises:
         WMError: if not even the first can be done, saying which command makes what is missing.
     """
+    words, repair = split_repair(words)
     config = load(Config, words)
     graph = stages(config)
     names = ("baseline", name) if name == "evaluate" else (name,)
@@ -166,7 +169,12 @@ def run_only(name: str, words: Sequence[str]) -> None:
             if stage.round and missing:
                 print(f"{stage.label}: waits for {missing[0]}")
                 return
-            run_stage(stage, tracker, f"wm {name} {' '.join(words)}")
+            run_stage(stage, tracker, f"wm {name} {' '.join(words)}", repair)
+
+
+def split_repair(words: Sequence[str]) -> tuple[list[str], bool]:
+    """The words without `--repair`, and whether it was among them."""
+    return [word for word in words if word != REPAIR], REPAIR in words
 
 
 def run_labelled(label: str, words: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from jinja2 import Environment
 
 from wm.evaluate import read_returns
 from wm.files import write_atomically
-from wm.stages import DONE
+from wm.stages import read_manifest
 from wm.tracking import StageRun
 from wm.training import TrainerConfig
 
@@ -91,7 +91,7 @@ def write_report(
     config: dict[str, Any],
 ) -> dict[str, float]:
     """Gather what the stages left into report.html."""
-    records = {label: json.loads((path / DONE).read_text()) for label, path in inputs.items()}
+    records = {label: read_manifest(path) for label, path in inputs.items()}
     cost = costs(list(records.values()))
     page = PAGE.render(
         title=f"World Models: {config['env']['name']}, scale {config['scale']}",
