@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
+from wm import WMError
+
 
 class Policy(Protocol):
     """Maps observations of N environments to actions [N, A]."""
@@ -36,7 +38,11 @@ class Rollout:
 
 @torch.inference_mode()
 def rollout(envs: VectorEnv, policy: Policy, seeds: Sequence[int]) -> Rollout:
-    """Play one episode per environment, environment i from seeds[i], until all have ended."""
+    """Play one episode per environment, environment i from seeds[i], until all have ended.
+
+    Raises:
+        WMError: if an action is not finite, naming player, seed and step.
+    """
     observation, _ = envs.reset(seed=list(seeds))
     policy.reset(seeds)
     returns = torch.zeros(len(seeds), dtype=torch.float64)
@@ -44,13 +50,27 @@ def rollout(envs: VectorEnv, policy: Policy, seeds: Sequence[int]) -> Rollout:
     dead = torch.zeros(len(seeds), dtype=torch.bool)
     running = torch.ones(len(seeds), dtype=torch.bool)
     while running.any():
-        observation, reward, terminated, truncated, _ = envs.step(policy(observation))
+        actions = policy(observation)
+        _check_finite(actions, running, seeds, steps)
+        observation, reward, terminated, truncated, _ = envs.step(actions)
         terminated, truncated = torch.as_tensor(terminated), torch.as_tensor(truncated)
         returns += torch.as_tensor(reward) * running
         steps += running
         dead |= terminated & running
         running &= ~(terminated | truncated)
     return Rollout(returns, steps, dead)
+
+
+def _check_finite(
+    actions: Any, running: torch.Tensor, seeds: Sequence[int], steps: torch.Tensor
+) -> None:
+    lost = running & ~torch.as_tensor(actions).isfinite().reshape(len(seeds), -1).all(1)
+    if lost.any():
+        number = int(lost.int().argmax())
+        raise WMError(
+            f"action {int(steps[number])} of player {number} of {len(seeds)} (seed "
+            f"{seeds[number]}) is not finite; neither are the weights or latents behind it"
+        )
 
 
 def episode_generator(seed: int, *key: int) -> np.random.Generator:

@@ -6,8 +6,9 @@ and checkpoints are written between epochs, so a run that was killed ends as if 
 
 import contextlib
 import ctypes
+import hashlib
+import io
 import logging
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -26,6 +28,7 @@ from wm.files import sha256, write_atomically
 from wm.stages import CHECKPOINTS
 
 KEPT_CHECKPOINTS = 2
+PARTS = {"state_dict", "optimizer_states", "callbacks", "loops"}  # of a checkpoint of Lightning
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 HARMLESS = (  # advice of Lightning that does not fit: batches are made whole, folders are resumed
     "does not have many workers",
@@ -93,7 +96,7 @@ def fit(
     """Train to data.steps, from the newest valid checkpoint in the folder if there is one.
 
     Raises:
-        WMError: when a loss or gradient is not finite; the last checkpoint is.
+        WMError: when a loss, gradient or weight is not finite; the last checkpoint is.
     """
     keep_freed_memory()
     epochs = -(-data.steps // data.epoch_steps)
@@ -117,7 +120,7 @@ def fit(
         num_sanity_val_steps=0,
         log_every_n_steps=min(log_every, data.epoch_steps),
         logger=loggers,
-        callbacks=[*(callbacks or []), FiniteGradients(), Progress(data.steps), checkpoint],
+        callbacks=[*(callbacks or []), FiniteNumbers(), Progress(data.steps), checkpoint],
         plugins=[SafeCheckpointIO()],
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -154,20 +157,26 @@ class SafeCheckpointIO(TorchCheckpointIO):
     """Checkpoints appear whole, with their hash beside them; a full disk spoils no older one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None):
-        path = Path(path)
-        partial = path.with_name(f".{path.name}")
+        path, data = Path(path), io.BytesIO()
         path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, data)
+        write_atomically(path, data.getvalue())
+        write_atomically(_hash_file(path), hashlib.sha256(data.getvalue()).hexdigest())
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = True):
+        """Tensors and plain values only, whatever the caller says: reading must run no code.
+
+        Raises:
+            WMError: if it is no checkpoint.
+        """
         try:
-            with open(partial, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            digest = sha256(partial)
-            partial.replace(path)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            partial.unlink(missing_ok=True)
-            raise WMError(f"cannot write {path}: {error}; free some disk and rerun") from error
-        write_atomically(_hash_file(path), digest)
+            checkpoint = torch.load(path, map_location, weights_only=True)
+            if missing := PARTS - set(checkpoint):
+                raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        except Exception as error:  # of many classes
+            reason = str(error).split("\n")[0][:200]
+            raise WMError(f"{path} is no checkpoint ({reason}); delete it and rerun") from None
+        return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
@@ -179,7 +188,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     paths = sorted(folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.split("=")[-1]))
     for path in reversed(paths):
         digest = _hash_file(path)
-        if digest.exists() and digest.read_text() == sha256(path):
+        if digest.exists() and digest.read_bytes() == sha256(path).encode():
             return path
         warnings.warn(f"{path} is damaged; going back to the one before", stacklevel=2)
     return None
@@ -189,16 +198,27 @@ def _hash_file(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
-class FiniteGradients(Callback):
-    """Stops before a gradient that is not finite reaches the weights."""
+class FiniteNumbers(Callback):
+    """Stops before a number that is not finite reaches the weights, or weights a checkpoint."""
+
+    def on_before_backward(self, trainer: L.Trainer, module: L.LightningModule, loss: Tensor):
+        self._check(loss, "the loss", trainer)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer):
         for name, parameter in module.named_parameters():
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
-                raise WMError(
-                    f"the gradient of {name} is not finite at step {trainer.global_step}; "
-                    "the last checkpoint is sound: lower the learning rate and rerun"
-                )
+            if parameter.grad is not None:
+                self._check(parameter.grad, f"the gradient of {name}", trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for name, parameter in module.named_parameters():
+            self._check(parameter, f"the weight {name}", trainer)
+
+    def _check(self, tensor: Tensor, name: str, trainer: L.Trainer) -> None:
+        if not tensor.isfinite().all():
+            raise WMError(
+                f"{name} is not finite at step {trainer.global_step}; the last checkpoint is "
+                "sound: lower the learning rate and rerun"
+            )
 
 
 class Busy(Callback):

@@ -32,6 +32,7 @@ from wm.envs import (
 )
 from wm.episodes import Episode, EpisodeStore
 from wm.evaluate import EvaluateConfig, play_held_out, score, write_outcomes
+from wm.files import cannot_write
 from wm.rollout import rollout
 from wm.tracking import StageRun, read_metrics
 from wm.training import Busy, StepsData, TrainerConfig, fit
@@ -136,10 +137,7 @@ def encode_store(
     partial_folder.mkdir()
     shape = (store.total_frames, vision.config.latent)
     names = ("mean", "log_variance")
-    arrays = [
-        np.lib.format.open_memmap(partial_folder / f"{name}.npy", "w+", np.float32, shape)
-        for name in names
-    ]
+    arrays = [new_array(partial_folder / f"{name}.npy", *shape) for name in names]
     first = 0
     if known is not None:
         first = len(known.mean)
@@ -155,6 +153,20 @@ def encode_store(
         array.flush()
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut before it was done
     os.replace(partial_folder, folder)
+
+
+def new_array(path: Path, rows: int, columns: int) -> np.ndarray:
+    """A .npy file to be filled, with its whole place on the disk: to write to a map of a file for
+    which there is no place kills the process.
+    """
+    array = np.lib.format.open_memmap(path, "w+", np.float32, (rows, columns))
+    try:
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        shutil.rmtree(path.parent)
+        raise cannot_write(path.parent, array.nbytes, error) from error
+    return array
 
 
 def draw_vision(vision: ConvVAE, store: EpisodeStore, folder: Path, run: StageRun) -> None:
