@@ -12,16 +12,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+import yaml
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from wm import WMError
-from wm.files import shipped
+from wm.files import read_text, shipped
 
 T = TypeVar("T")
 
 CONF = shipped("conf")
+LARGEST, DEEPEST = 2**20, 20  # of a file: characters, and levels of nesting
 GROUPS = ("env", "scale")  # `env=takecover` picks conf/env/takecover.yaml
 
 
@@ -77,7 +78,7 @@ def merge(schema: type[T], *layers: Any) -> T:
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(schema, error)) from None
     for key, value, low, high in _bounds(config):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value} is not a number")
         if (low is not None and value < low) or (high is not None and value > high):
             nearest = low if low is not None and value < low else high
@@ -115,16 +116,43 @@ def from_yaml(schema: type[T], path: Path, words: Sequence[str] = ()) -> T:
     return merge(schema, read_yaml(path), dotlist(words))
 
 
-def read_yaml(path: Path) -> Any:
-    """A YAML file as OmegaConf's tree.
+def read_yaml(path: Path) -> DictConfig:
+    """A file of plain values, perhaps a stranger's.
 
     Raises:
-        ConfigError: if it cannot be read.
+        ConfigError: if it cannot be read or holds more than values.
     """
     try:
-        return OmegaConf.load(path)
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
+        text = read_text(path)
+        _check_plain(text)
+        tree = OmegaConf.create(text)
+    except Exception as error:  # the YAML parser's own, of many classes
+        raise ConfigError(f"cannot read {path}: {one_line(error)}") from None
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"cannot read {path}: it holds no keys")
+    return tree
+
+
+def _check_plain(text: str) -> None:
+    """Refuse tags, which may make objects, references, which may multiply until no memory is left,
+    interpolations, which may read the environment, and nesting without end.
+    """
+    if len(text) > LARGEST:
+        raise ConfigError(f"it is longer than {LARGEST} characters")
+    depth = 0
+    for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if getattr(event, "anchor", None) or getattr(event, "tag", None):
+            raise ConfigError("it holds references or tags")
+        if "${" in getattr(event, "value", ""):
+            raise ConfigError("it holds interpolations")
+        if depth > DEEPEST:
+            raise ConfigError(f"it is nested deeper than {DEEPEST}")
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def dotlist(words: Sequence[str]) -> Any:
@@ -136,9 +164,7 @@ def dotlist(words: Sequence[str]) -> Any:
     try:
         return OmegaConf.from_dotlist(list(words))
     except Exception as error:  # the YAML parser's own errors, of many classes
-        raise ConfigError(
-            f"cannot read {' '.join(words)}: {' '.join(str(error).split())}"
-        ) from None
+        raise ConfigError(f"cannot read {' '.join(words)}: {one_line(error)}") from None
 
 
 def _choice(conf: Path, group: str, name: str) -> Path:

@@ -3,12 +3,13 @@
 The files are safetensors and YAML, so that reading a stranger's agent runs no code.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from gymnasium.vector import VectorEnv
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -17,13 +18,23 @@ from torch import Tensor, nn
 from wm import WMError
 from wm.config import ConfigError, from_yaml, merge, plain, to_yaml
 from wm.envs import EnvConfig, action_space
-from wm.files import write_atomically
+from wm.files import inside, write_atomically
 from wm.rollout import NoisyPolicy, Policy
 from wm.worldmodels.controller import Controller, ControllerConfig, parameter_count
 from wm.worldmodels.dream import DreamEnv, SingleDream, Starts
 from wm.worldmodels.latent import LatentEnv, feature_size
 from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
 from wm.worldmodels.vae import ConvVAE, VisionConfig
+
+FILES = (  # of an agent
+    "config.yaml",
+    "vision.safetensors",
+    "memory.safetensors",
+    "controller.safetensors",
+    "starts.safetensors",
+)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -84,21 +95,31 @@ class Agent:
         folder = Path(folder)
         if not (folder / "config.yaml").is_file():
             raise WMError(f"{folder} holds no agent (config.yaml is missing)")
+        for name in FILES:
+            inside(folder, name)  # and not a link to what is none of the agent's
         config = from_yaml(AgentConfig, folder / "config.yaml")
-        vision = ConvVAE(config.vision)
-        memory = MDNRNN(config.memory, config.vision.latent, *action_space(config.env.name).shape)
-        load_weights(vision, folder / "vision.safetensors")
-        load_weights(memory, folder / "memory.safetensors")
+        actions = action_space(config.env.name).shape
+        make_memory = partial(MDNRNN, config.memory, config.vision.latent, *actions)
+        vision = read_module(partial(ConvVAE, config.vision), folder / "vision.safetensors")
+        memory = read_module(make_memory, folder / "memory.safetensors")
         (weights,) = load_tensors(folder / "controller.safetensors", ("weights",))
         tensors = load_tensors(folder / "starts.safetensors", Starts._fields)
         starts = Starts(*(tensor.float() for tensor in tensors))  # a bundle's are halves
         agent = cls(config, vision.eval(), memory.eval(), weights, starts)
-        if weights.shape != (agent.parameters,):
-            raise WMError(
-                f"{folder / 'controller.safetensors'} holds weights of shape "
-                f"{tuple(weights.shape)}, the configuration needs ({agent.parameters},)"
-            )
+        agent._check_shapes(folder)
         return agent
+
+    def _check_shapes(self, folder: Path) -> None:
+        """That C and the starts are of the configuration's sizes, as V and M are already."""
+        state = (len(self.memory.zero_state(1)), self.config.memory.hidden)
+        fits = {
+            "controller": self.weights.shape == (self.parameters,),
+            "starts": 0 < len(self.starts.latent) == len(self.starts.state)
+            and self.starts.latent.shape[1:] == (self.config.vision.latent,)
+            and self.starts.state.shape[1:] == state,
+        }
+        for name in (name for name, good in fits.items() if not good):
+            raise WMError(f"{folder / name}.safetensors does not fit the configuration")
 
     @cached_property
     def features(self) -> int:
@@ -196,6 +217,26 @@ def load_tensors(path: Path, names: Sequence[str]) -> list[Tensor]:
     return [tensors[name] for name in names]
 
 
+def read_module(make: Callable[[], Module], path: Path) -> Module:
+    """A module with the weights of a file.
+
+    It is made only if the file holds them: a configuration alone cannot ask for any memory.
+    """
+    tensors = _read(path)
+    try:
+        with torch.device("meta"):
+            expected = make().state_dict()
+    except (RuntimeError, TypeError, ValueError) as error:  # more numbers than can be counted
+        raise WMError(f"{path} does not fit its configuration: {error}") from None
+    wrong = set(tensors) ^ set(expected)
+    wrong |= {n for n in set(tensors) & set(expected) if tensors[n].shape != expected[n].shape}
+    if wrong:
+        raise WMError(f"{path} does not fit its configuration: {', '.join(sorted(wrong))[:200]}")
+    module = make()
+    module.load_state_dict(tensors)
+    return module
+
+
 def load_weights(module: nn.Module, path: Path) -> None:
     """Load a state_dict, strictly."""
     try:
@@ -206,6 +247,12 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        tensors = load_file(path)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise WMError(f"cannot read {path}: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise WMError(f"cannot read {path}: {name[:100]} holds {tensor.dtype}")
+        if not tensor.isfinite().all():
+            raise WMError(f"{path} is of no use: {name[:100]} is not finite everywhere")
+    return tensors

@@ -16,13 +16,13 @@ from wm.config import bounded, load, plain
 from wm.envpool import require_envpool
 from wm.envs import EnvConfig, validation_seeds
 from wm.evaluate import EvaluateConfig
-from wm.files import hashes
+from wm.files import sha256
 from wm.stages import Stage, run_stage
 from wm.tracking import Tracker, ui_command
 from wm.training import TrainerConfig
 from wm.workers import RandomPlayer, Workers
 from wm.worldmodels import report, work
-from wm.worldmodels.agent import Agent, AgentConfig, AgentPlayer, find_agent
+from wm.worldmodels.agent import FILES, Agent, AgentConfig, AgentPlayer, find_agent
 from wm.worldmodels.controller import ControllerConfig
 from wm.worldmodels.mdnrnn import MemoryConfig
 from wm.worldmodels.vae import VisionConfig
@@ -200,7 +200,8 @@ def evaluate_run(run: str, words: Sequence[str]) -> None:
     config = replace(
         settings, env=its.env, vision=its.vision, memory=its.memory, controller=its.controller
     )
-    agent = _stage(config, "agent", work.import_agent, {}, {"hashes": hashes(source)})
+    parts = {name: sha256(source / name) for name in FILES}
+    agent = _stage(config, "agent", work.import_agent, {}, {"hashes": parts})
     agent = replace(agent, work=partial(agent.work, source=source))
     evaluation = {"env": config.env, "evaluation": config.evaluate}
     graph = [

@@ -346,7 +346,9 @@ def import_agent(
     hashes: dict[str, str],
 ) -> Facts:
     """Copy an agent from elsewhere, so that its evaluation stands beside it."""
-    shutil.copytree(source, folder / "agent", dirs_exist_ok=True)
+    (folder / "agent").mkdir(exist_ok=True)
+    for name in hashes:
+        shutil.copyfile(source / name, folder / "agent" / name)
     return {}
 
 
