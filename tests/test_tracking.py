@@ -8,8 +8,9 @@ import pytest
 
 from wm import WMError
 from wm.config import flat
+from wm.server import tracking_uri
 from wm.stages import Stage
-from wm.tracking import LocalRecord, Tracker, download_folder, read_metrics, tracking_uri
+from wm.tracking import LocalRecord, Tracker, download_folder, read_metrics
 
 CONFIG = {
     "env": {"name": "tiny"},
@@ -75,11 +76,14 @@ def test_what_is_no_stage_has_a_child_run_too(runs, parent, tmp_path):
     assert read_metrics(tmp_path) == {"ratio": {0: 2.0}}
 
 
-def test_the_summary_is_on_the_parent(runs, parent):
+def test_the_summary_is_on_the_parent(runs, parent, stage):
     with Tracker(runs, CONFIG, parent) as tracker:
-        tracker.summarise({"eval/mean": 12.5, "eval/ci_low": 11.0}, "made-up-agent-run")
-    metrics = tracker.client.get_run(tracker.run_id).data.metrics
-    assert metrics == {"eval/mean": 12.5, "eval/ci_low": 11.0}
+        with tracker.stage(stage) as run:
+            pass
+        tracker.summarise({"eval/mean": 12.5, "eval/ci_low": 11.0}, stage)
+    shown = tracker.client.get_run(tracker.run_id).data
+    assert shown.metrics == {"eval/mean": 12.5, "eval/ci_low": 11.0}
+    assert shown.tags["wm.agent"] == run.run_id
 
 
 @pytest.mark.parametrize(
@@ -130,7 +134,7 @@ def test_an_agent_is_found_by_its_stages_run_and_by_the_pipelines(runs, parent, 
 
 
 def test_a_run_that_is_not_there_is_named(runs):
-    with pytest.raises(WMError, match="no MLflow run is called 'f00'"):
+    with pytest.raises(WMError, match="no folder is called 'f00', and MLflow has no such run"):
         download_folder("f00", "agent", runs)
 
 

@@ -22,6 +22,7 @@ USAGE = """usage: wm COMMAND [env=GAME] [scale=SCALE] [key=value ...]
                jobs=N stages side by side, seeds=[0,1,2] others than the grid's, publish=true
                copies table and figure to ablations/NAME
   parity       compare EnvPool with the official CarRacing; run=ID adds an agent's scores
+  sync         send what MLflow has not heard, because it did not answer
   config       print the resolved configuration
   bench        time the parts beside what they are measured against (under 10 minutes);
                run=ID only says what bfloat16 does to the ranks of an agent's candidates
@@ -55,6 +56,16 @@ def evaluate(words: Sequence[str]) -> None:
         pipeline.evaluate_run(chosen, others)
     else:
         pipeline.run_only("evaluate", others)
+
+
+def sync(words: Sequence[str]) -> None:
+    from pathlib import Path
+
+    from wm.config import load
+    from wm.sync import sync
+    from wm.worldmodels.pipeline import Config
+
+    sync(Path(load(Config, words).runs))
 
 
 def parity(words: Sequence[str]) -> None:
@@ -122,6 +133,7 @@ COMMANDS = {
     "bundle": bundle,
     "ablate": ablate,
     "parity": parity,
+    "sync": sync,
     "config": config,
     "bench": bench,
 }

@@ -1,46 +1,52 @@
 """MLflow: a parent run per pipeline, a child run per stage, and a local record beside each.
 
 Local by default (sqlite in the runs folder); MLFLOW_TRACKING_URI names a server instead. The local
-record, metrics.jsonl in the stage's folder, is the truth that reports are made from.
+record is the truth that reports are made from: .run.json says what a run is, metrics.jsonl what was
+measured. MLflow is told afterwards, as long as it answers; `wm sync` (sync.py) tells it the rest.
 """
 
+import hashlib
 import json
-import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
-from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from mlflow import MlflowClient
-from mlflow.entities import Param
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from wm import WMError
-from wm.config import flat
-from wm.stages import Stage
-
-logging.getLogger("mlflow").setLevel(logging.WARNING)  # it announces every table it creates
+from wm.config import one_line
+from wm.files import cannot_write
+from wm.server import (
+    AGENT_TAG,
+    FINGERPRINT_TAG,
+    HASTE,
+    PIPELINE_TAG,
+    RunRecord,
+    Server,
+    ServerLogger,
+    name_agent,
+    open_experiment,
+    open_run,
+    tracking_uri,
+)
+from wm.stages import METRICS, Stage
 
 PACKAGES = ("wm", "torch", "lightning", "gymnasium", "vizdoom", "mlflow", "cma", "numpy")
-PIPELINE_TAG = "wm.pipeline"
-FINGERPRINT_TAG = "wm.fingerprint"
-AGENT_TAG = "wm.agent"
-PARAMS_PER_CALL = 100  # the limit of MLflow's batch call
+RECORDS = ".tracking"  # of the runs that are no stages
 
-
-def tracking_uri(runs: Path) -> str:
-    """The configured server, or an sqlite file in the runs folder (always absolute)."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs.resolve()}/mlflow.db"
+T = TypeVar("T")
 
 
 def ui_command(runs: Path) -> str:
@@ -69,41 +75,46 @@ class LocalRecord(Logger):
 
     def __init__(self, folder: Path):
         super().__init__()
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
 
     name = version = None
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         line = json.dumps({"step": step or 0, **{k: float(v) for k, v in metrics.items()}})
-        with open(self.path, "a") as file:
-            file.write("\n" + line)
+        try:
+            with open(self.path, "a") as file:
+                file.write("\n" + line)
+        except OSError as error:
+            raise cannot_write(self.path, len(line), error) from error
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The configuration stands in DONE.json."""
 
 
 def read_metrics(folder: Path) -> dict[str, dict[int, float]]:
-    """{metric: {step: value}} of a stage's local record."""
+    """{metric: {step: value}} of a stage's local record; lines that are none are passed over."""
     history: dict[str, dict[int, float]] = {}
-    path = folder / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
+    path = folder / METRICS
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
-        except ValueError:
+            step = int(entry.pop("step"))
+            values = {name: float(value) for name, value in entry.items()}
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             continue  # cut by a crash
-        step = entry.pop("step")
-        for name, value in entry.items():
+        for name, value in values.items():
             history.setdefault(name, {})[step] = value
     return history
 
 
 class StageRun:
-    """A child run: metrics go to MLflow and to the local record, files to MLflow."""
+    """A child run: metrics and files are recorded here, then sent to MLflow."""
 
-    def __init__(self, client: MlflowClient, logger: MLFlowLogger, folder: Path):
-        self.client, self.run_id, self.busy_seconds = client, logger.run_id, 0.0
-        self.loggers = [logger, LocalRecord(folder)]
+    def __init__(self, server: Server, run_id: str | None, folder: Path, record: RunRecord):
+        self.server, self.run_id, self.folder, self.record = server, run_id, folder, record
+        self.busy_seconds = 0.0
+        self.loggers = [LocalRecord(folder), ServerLogger(server, run_id)]
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         for logger in self.loggers:
@@ -119,10 +130,18 @@ class StageRun:
             self.busy_seconds += time.perf_counter() - started
 
     def log_file(self, path: Path, under: str | None = None) -> None:
-        self.client.log_artifact(self.run_id, str(path), under)
+        self._note(path, under)
+        self.server.attempt(lambda: self.server.client.log_artifact(self.run_id, str(path), under))
 
     def log_folder(self, path: Path, under: str) -> None:
-        self.client.log_artifacts(self.run_id, str(path), under)
+        self._note(path, under)
+        self.server.attempt(lambda: self.server.client.log_artifacts(self.run_id, str(path), under))
+
+    def _note(self, path: Path, under: str | None) -> None:
+        artifact = [os.path.relpath(path, self.folder), under]
+        if artifact not in self.record.artifacts:
+            self.record.artifacts.append(artifact)
+            self.record.save(self.folder)
 
 
 class Tracker:
@@ -147,37 +166,39 @@ class Tracker:
         name: str | None = None,
     ):
         runs.mkdir(parents=True, exist_ok=True)
-        self.uri, self.config = tracking_uri(runs), config
-        self.experiment = experiment or config["env"]["name"]
+        self.config, self.experiment = config, experiment or config["env"]["name"]
         self.versions = {name: version(name) for name in PACKAGES} | {"commit": git_commit()}
         name = name or f"{self.experiment}-{config['scale']}-seed{config['seed']}"
-        # Two that make the database at once crash, and two stages of a pipeline share one parent.
-        with FileLock(runs / ".mlflow.lock"):
-            self.client = MlflowClient(self.uri)
-            self.experiment_id = self._experiment(runs / "artifacts" / self.experiment)
-            self.run_id = run_id or self._run(name, {PIPELINE_TAG: fingerprint}, config)
+        self.record = self._describe(name, {PIPELINE_TAG: fingerprint})
+        self.folder = runs / RECORDS / hashlib.sha256(fingerprint.encode()).hexdigest()[:12]
+        self.parent = run_id or self.folder.name
+        with FileLock(runs / ".mlflow.lock"):  # two that make the database at once crash
+            self.server = Server(tracking_uri(runs))
+            self.client = self.server.client
+            self.artifacts = runs / "artifacts" / self.experiment
+            self.experiment_id = self._attempt(open_experiment, self.experiment, self.artifacts)
+            self.run_id = run_id or self._open(self.record, self.folder)
 
-    def _experiment(self, artifacts: Path) -> str:
-        if found := self.client.get_experiment_by_name(self.experiment):
-            return found.experiment_id
-        local = self.uri.startswith("sqlite")  # a server has a place of its own for artifacts
-        location = artifacts.resolve().as_uri() if local else None
-        return self.client.create_experiment(self.experiment, location)
-
-    def _run(self, name: str, tags: dict[str, str], config: dict[str, Any]) -> str:
-        """The run with these tags, set running again, or a new one with everything recorded."""
-        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-        if found := self.client.search_runs([self.experiment_id], query, max_results=1):
-            self.client.update_run(found[0].info.run_id, status="RUNNING")
-            return found[0].info.run_id
+    def _describe(
+        self,
+        name: str,
+        tags: dict[str, str],
+        parent: str | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> RunRecord:
         packages = {f"version.{key}": value for key, value in self.versions.items()}
-        tags = {**tags, **packages, MLFLOW_RUN_NAME: name}
-        run_id = self.client.create_run(self.experiment_id, tags=tags).info.run_id
-        self.client.log_dict(run_id, config, "config.yaml")
-        params = [Param(key, str(value)) for key, value in flat(config).items()]
-        for first in range(0, len(params), PARAMS_PER_CALL):
-            self.client.log_batch(run_id, params=params[first : first + PARAMS_PER_CALL])
-        return run_id
+        return RunRecord(self.experiment, name, tags, packages, config or self.config, parent)
+
+    def _attempt(self, do: Callable[..., T], *arguments: Any) -> T | None:
+        return self.server.attempt(do, self.client, *arguments)
+
+    def _open(self, record: RunRecord, folder: Path, parent: str | None = None) -> str | None:
+        """The run of a record, kept in a folder; None where MLflow does not answer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(WMError):  # what was sent, or should have been, before; if there is any
+            record.artifacts = RunRecord.load(folder).artifacts
+        record.save(folder)
+        return self._attempt(open_run, self.experiment_id, record, parent)
 
     def stage(self, stage: Stage) -> AbstractContextManager[StageRun]:
         """The child run of a stage."""
@@ -190,37 +211,28 @@ class Tracker:
         fingerprint: with the same one, the same child goes on.
         folder: of its local record.
         """
-        tags = {MLFLOW_PARENT_RUN_ID: self.run_id, FINGERPRINT_TAG: fingerprint}
-        run_id = self._run(name, tags, self.config)
-        with self._ending(run_id):
-            yield StageRun(self.client, self._logger(run_id), folder)
+        record = self._describe(name, {FINGERPRINT_TAG: fingerprint}, self.parent)
+        run_id = self._open(record, folder, self.run_id)
+        with self._ending(run_id, record, folder):
+            yield StageRun(self.server, run_id, folder, record)
 
     def cell(
         self, name: str, fingerprint: str, config: dict[str, Any], metrics: Mapping[str, float]
     ) -> None:
         """A run below a grid's parent: what was set, and what came of it; FAILED if nothing did."""
-        tags = {MLFLOW_PARENT_RUN_ID: self.run_id, FINGERPRINT_TAG: fingerprint}
-        run_id = self._run(name, tags, config)
-        for key, value in metrics.items():
-            self.client.log_metric(run_id, key, value)
-        self.client.set_terminated(run_id, "FINISHED" if metrics else "FAILED")
+        folder = self.folder.with_name(f"{self.folder.name}-{fingerprint[:12]}")  # after its parent
+        record = self._describe(name, {FINGERPRINT_TAG: fingerprint}, self.parent, config)
+        run_id = self._open(record, folder, self.run_id)
+        StageRun(self.server, run_id, folder, record).log_metrics(metrics)
+        self._end_run(run_id, record, folder, "FINISHED" if metrics else "FAILED")
 
     def log_file(self, path: Path) -> None:
-        """Put a file on the parent run."""
-        self.client.log_artifact(self.run_id, str(path))
-
-    def _logger(self, run_id: str) -> MLFlowLogger:
-        """Lightning's logger, without the address that it leaves in the environment."""
-        server = os.environ.get("MLFLOW_TRACKING_URI")
-        logger = MLFlowLogger(self.experiment, tracking_uri=self.uri, run_id=run_id)
-        _ = logger.experiment  # made when first asked for
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
-        if server:
-            os.environ["MLFLOW_TRACKING_URI"] = server
-        return logger
+        """Put a file on the parent run, and beside its record."""
+        kept = Path(shutil.copy(path, self.folder))
+        StageRun(self.server, self.run_id, self.folder, self.record).log_file(kept)
 
     @contextmanager
-    def _ending(self, run_id: str) -> Iterator[None]:
+    def _ending(self, run_id: str | None, record: RunRecord, folder: Path) -> Iterator[None]:
         status = "KILLED"
         try:
             yield
@@ -229,26 +241,33 @@ class Tracker:
             status = "FAILED"
             raise
         finally:
-            self.client.set_terminated(run_id, status)
+            self._end_run(run_id, record, folder, status)
+
+    def _end_run(self, run_id: str | None, record: RunRecord, folder: Path, status: str) -> None:
+        record.status = status
+        self._attempt(MlflowClient.set_terminated, run_id, status)
+        with suppress(WMError):  # a full disk has ended it
+            record.save(folder)
 
     def __enter__(self) -> "Tracker":
-        self._end = self._ending(self.run_id)
+        self._end = self._ending(self.run_id, self.record, self.folder)
         self._end.__enter__()
         return self
 
     def __exit__(self, *failure: Any) -> None:
         self._end.__exit__(*failure)
 
-    def summarise(self, metrics: Mapping[str, float], agent_run: str | None = None) -> None:
+    def summarise(self, metrics: Mapping[str, float], agent: Stage | None = None) -> None:
         """Put metrics on the parent run, so that the table of runs ranks agents.
 
-        agent_run: the run that holds the agent, if there is one; another pipeline's, where the
-            stage is shared.
+        agent: the stage that holds the agent, if there is one; its run may be another pipeline's.
         """
-        if agent_run:
-            self.client.set_tag(self.run_id, AGENT_TAG, agent_run)
-        for key, value in metrics.items():
-            self.client.log_metric(self.run_id, key, value)
+        for logger in (LocalRecord(self.folder), ServerLogger(self.server, self.run_id)):
+            logger.log_metrics(metrics)
+        if agent:
+            self.record.agent = agent.fingerprint
+            self.record.save(self.folder)
+            self._attempt(name_agent, self.experiment_id, self.run_id, agent.fingerprint)
 
 
 def download_folder(run_id: str, name: str, runs: Path) -> Path:
@@ -259,11 +278,20 @@ def download_folder(run_id: str, name: str, runs: Path) -> Path:
     """
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (runs / "mlflow.db").is_file():
         raise WMError(f"no folder is called '{run_id}', and {runs} has no MLflow database")
+    for variable, value in HASTE.items():
+        os.environ.setdefault(variable, value)
     client = MlflowClient(tracking_uri(runs))
     try:
-        run = client.get_run(run_id)
+        return _download(client, run_id, name, runs)
     except MlflowException as error:
-        raise WMError(f"no folder and no MLflow run is called '{run_id}': {error}") from None
+        raise WMError(
+            f"no folder is called '{run_id}', and MLflow has no such run or does not answer: "
+            f"{one_line(error)}"
+        ) from None
+
+
+def _download(client: MlflowClient, run_id: str, name: str, runs: Path) -> Path:
+    run = client.get_run(run_id)
     query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}'"
     children = client.search_runs([run.info.experiment_id], query)  # the newest first
     shared = [run.data.tags[AGENT_TAG]] if AGENT_TAG in run.data.tags else []

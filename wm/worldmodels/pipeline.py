@@ -149,7 +149,7 @@ def run(words: Sequence[str]) -> None:
     with open_tracker(config, graph) as tracker:
         for stage in graph:
             run_stage(stage, tracker, f"wm {stage.name} {' '.join(words)}", repair)
-        tracker.summarise(summary(graph), scored_controller(graph).record["run_id"])
+        tracker.summarise(summary(graph), scored_controller(graph))
     print_results(config, graph)
 
 
