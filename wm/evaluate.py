@@ -11,7 +11,7 @@ from scipy.stats import bootstrap
 from tqdm import tqdm
 
 from wm import WMError
-from wm.config import bounded
+from wm.config import bounded, one_line
 from wm.envs import EnvConfig, held_out_seeds
 from wm.files import write_atomically
 from wm.workers import Outcome, Player, Workers
@@ -103,4 +103,6 @@ def read_returns(path: Path) -> list[float]:
         with open(path, newline="") as file:
             return [float(row["return"]) for row in csv.DictReader(file)]
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise WMError(f"{path} is no table of episodes ({error}); delete it and rerun") from error
+        raise WMError(
+            f"{path} is no table of episodes ({one_line(error)}); delete it and rerun"
+        ) from error

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,10 @@ def inside(folder: Path, name: str) -> Path:
         WMError: if it leads out of the folder, by dots, from the root or through a link.
     """
     path = folder / name
-    try:
-        if "\0" not in name and path.resolve().is_relative_to(folder.resolve()):
+    with suppress(OSError, ValueError, RuntimeError):  # a name too long, a link to itself
+        path.exists()
+        if path.resolve().is_relative_to(folder.resolve()):
             return path
-    except (OSError, RuntimeError):  # a name too long, a link to itself
-        pass
     raise WMError(f"{folder} names the file '{name[:200]}', which leads out of it; do not use it")
 
 
