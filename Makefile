@@ -5,6 +5,7 @@ WM := $(VENV)/bin/wm
 ARGS ?=
 SCALE ?= demo
 GRIDS := $(patsubst ablations/%.yaml,ablation-%,$(wildcard ablations/*.yaml))
+PORT ?= 5000
 
 .DEFAULT_GOAL := help
 
@@ -41,7 +42,9 @@ bench: setup  ## time the parts beside what they are measured against (under 10 
 
 ui: setup  ## browse all runs in MLflow, on this machine only
 	@mkdir -p runs
-	$(VENV)/bin/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
+	$(VENV)/bin/mlflow ui --host 127.0.0.1 --port $(PORT) \
+	  --allowed-hosts 127.0.0.1:$(PORT),localhost:$(PORT) \
+	  --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
 
 test: $(VENV)/tested  ## run the test suite; ARGS='-m slow' runs every grid at its smallest
 	$(VENV)/bin/python -m pytest $(ARGS)
