@@ -19,6 +19,7 @@ from wm import WMError
 from wm.config import flat, one_line
 from wm.files import inside
 from wm.server import (
+    AGENT_TAG,
     RECORD,
     RunRecord,
     find_run,
@@ -42,13 +43,15 @@ def sync(runs: Path) -> None:
     """
     uri = tracking_uri(runs)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    parents, sent = {}, 0
+    parents, sent = {}, 0  # runs by the folders of their records
     folders = [path.parent for path in sorted(runs.glob(f"{RECORDS}/*/{RECORD}"))]
     folders += [path.parent for path in sorted(runs.glob(f"[!.]*/*/{RECORD}"))]
     try:
         client = MlflowClient(uri)
         for folder in folders:
             sent += _sync_unlocked(client, runs, folder, parents)
+        for folder in folders:  # when all runs are there
+            _name_agent(client, folder, parents)
     except MlflowException as error:
         raise WMError(f"MLflow at {uri} does not answer ({one_line(error)}); try again") from None
     print(f"{uri}: {sent} values and files sent" if sent else f"{uri}: nothing was missing")
@@ -87,13 +90,18 @@ def _sync_run(
     files = list(_missing_files(client, run_id, folder, record))
     for path, under in files:
         client.log_artifact(run_id, str(path), under)
-    if record.agent:
-        name_agent(client, experiment, run_id, record.agent)
     if record.status not in ("RUNNING", run.info.status):
         client.set_terminated(run_id, record.status)
     if values or files:
         print(f"{record.name}: {len(values)} values and {len(files)} files sent")
     return len(values) + len(files)
+
+
+def _name_agent(client: MlflowClient, folder: Path, parents: dict[str, str]) -> None:
+    if folder.name in parents and (agent := RunRecord.load(folder).agent):
+        run = client.get_run(parents[folder.name])
+        if AGENT_TAG not in run.data.tags:
+            name_agent(client, run.info.experiment_id, run.info.run_id, agent)
 
 
 def _missing_values(client: MlflowClient, run_id: str, folder: Path) -> Iterator[Metric]:

@@ -159,13 +159,13 @@ def new_array(path: Path, rows: int, columns: int) -> np.ndarray:
     """A .npy file to be filled, with its whole place on the disk: to write to a map of a file for
     which there is no place kills the process.
     """
-    array = np.lib.format.open_memmap(path, "w+", np.float32, (rows, columns))
     try:
+        array = np.lib.format.open_memmap(path, "w+", np.float32, (rows, columns))
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
         shutil.rmtree(path.parent)
-        raise cannot_write(path.parent, array.nbytes, error) from error
+        raise cannot_write(path.parent, 4 * rows * columns, error) from error
     return array
 
 

@@ -1,0 +1,169 @@
+"""MLflow absent, killed, slow or shared by four: the work goes on, and no measurement is lost."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from mlflow import MlflowClient
+
+from wm import WMError
+from wm.server import HASTE
+from wm.stages import Stage
+from wm.sync import sync
+from wm.tracking import Tracker, read_metrics
+
+CONFIG = {"env": {"name": "tiny"}, "scale": "smoke", "seed": 3}
+
+
+@pytest.fixture(autouse=True)
+def own_haste(monkeypatch):
+    for name in HASTE:
+        monkeypatch.delenv(name, raising=False)
+
+
+def stage(folder):
+    stage = Stage("vision", 1, {"where": str(folder)}, lambda *_: None, folder / "tiny")
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    return stage
+
+
+def work(folder, during=lambda step: None, steps=10):
+    """A pipeline of one stage that measures a loss and draws a picture; its run and seconds."""
+    vision, started = stage(folder), time.monotonic()
+    with Tracker(folder, CONFIG, "a pipeline") as tracker, tracker.stage(vision) as run:
+        for step in range(steps):
+            during(step)
+            run.log_metrics({"loss": 1.0 / (step + 1), "odd": float("nan")}, step)
+        (vision.folder / "picture.png").write_bytes(b"picture")
+        run.log_file(vision.folder / "picture.png")
+        tracker.summarise({"eval/mean": 3.0}, vision)
+    return vision, time.monotonic() - started
+
+
+def check_told_once(uri, vision):
+    """MLflow has every value once, the picture, the settings and the ends of both runs."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    runs = {run.info.run_name: run for run in client.search_runs([experiment])}
+    assert set(runs) == {"vision", "tiny-smoke-seed3"}
+    child, parent = runs["vision"], runs["tiny-smoke-seed3"]
+    points = client.get_metric_history(child.info.run_id, "loss")
+    local = read_metrics(vision.folder)["loss"]
+    assert sorted((point.step, point.value) for point in points) == sorted(local.items())
+    assert len(client.get_metric_history(child.info.run_id, "odd")) == len(local)
+    assert [f.path for f in client.list_artifacts(child.info.run_id)] == [
+        "config.yaml",
+        "picture.png",
+    ]
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert parent.data.metrics == {"eval/mean": 3.0}
+    assert parent.data.tags["wm.agent"] == child.info.run_id
+    assert child.data.params["seed"] == "3"
+    assert (child.info.status, parent.info.status) == ("FINISHED", "FINISHED")
+
+
+def test_absent_from_the_start(tmp_path, free_port, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port}")
+    vision, seconds = work(tmp_path)
+    assert seconds < 20
+    assert capsys.readouterr().err.count("`wm sync` sends them later") == 1  # said once
+    assert len(read_metrics(vision.folder)["loss"]) == 10
+    with pytest.raises(WMError, match="does not answer"):
+        sync(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    sync(tmp_path)
+    check_told_once(f"sqlite:///{tmp_path}/mlflow.db", vision)
+    capsys.readouterr()
+    sync(tmp_path)
+    assert "nothing was missing" in capsys.readouterr().out
+    check_told_once(f"sqlite:///{tmp_path}/mlflow.db", vision)
+
+
+def test_killed_amid_a_run_and_back_later(tmp_path, free_port, serve, monkeypatch, capsys):
+    uri = f"http://127.0.0.1:{free_port}"
+    options = ["--host", "127.0.0.1", "--port", str(free_port)]
+    options += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with serve(free_port, tmp_path, options) as server:
+
+        def kill(step):
+            if step == 5:
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait()
+
+        vision, seconds = work(tmp_path / "runs", kill)
+    assert seconds < 30
+    assert "`wm sync` sends them later" in capsys.readouterr().err
+    assert len(read_metrics(vision.folder)["loss"]) == 10
+    with serve(free_port, tmp_path, options):
+        sync(tmp_path / "runs")
+        sync(tmp_path / "runs")
+        assert "nothing was missing" in capsys.readouterr().out.splitlines()[-1]
+        check_told_once(uri, vision)
+
+
+def test_ten_seconds_for_every_call(tmp_path, free_port, monkeypatch):
+    """A server that takes a call and answers only after ten seconds."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port}")
+    with socket.create_server(("127.0.0.1", free_port)) as listener:
+
+        def answer():
+            while True:
+                try:
+                    call, _ = listener.accept()
+                except OSError:
+                    return  # the test is over
+                threading.Timer(10, call.close).start()
+
+        threading.Thread(target=answer, daemon=True).start()
+        vision, seconds = work(tmp_path)
+        listener.shutdown(socket.SHUT_RDWR)
+    assert seconds < 30
+    assert len(read_metrics(vision.folder)["loss"]) == 10
+
+
+def test_calls_that_take_too_long_in_all_are_the_last(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("wm.server.PATIENCE", 0.0)
+    monkeypatch.setattr("wm.server.SHARE", 0.0)
+    vision, _ = work(tmp_path)
+    assert "it has taken" in capsys.readouterr().err
+    assert len(read_metrics(vision.folder)["loss"]) == 10
+    monkeypatch.undo()
+    sync(tmp_path)
+    check_told_once(f"sqlite:///{tmp_path}/mlflow.db", vision)
+
+
+FOUR = """
+import sys
+from pathlib import Path
+from wm.stages import Stage
+from wm.tracking import Tracker
+
+runs, number = Path(sys.argv[1]), int(sys.argv[2])
+config = {"env": {"name": "tiny"}, "scale": "smoke", "seed": number}
+stage = Stage("vision", 1, {"number": number}, lambda *_: None, runs / "tiny")
+stage.folder.mkdir(parents=True)
+with Tracker(runs, config, f"pipeline {number}") as tracker, tracker.stage(stage) as run:
+    for step in range(50):
+        run.log_metrics({"loss": number + 1.0 / (step + 1)}, step)
+"""
+
+
+def test_four_at_once_on_a_fresh_database(tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    command = [sys.executable, "-c", FOUR, str(tmp_path / "runs")]
+    four = [subprocess.Popen([*command, str(n)], stderr=subprocess.PIPE) for n in range(4)]
+    errors = [process.communicate(timeout=300)[1].decode() for process in four]
+    assert [process.returncode for process in four] == [0] * 4, errors
+    assert "does not answer" not in "".join(errors)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs'}/mlflow.db")
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    children = [r for r in client.search_runs([experiment]) if r.info.run_name == "vision"]
+    histories = [client.get_metric_history(run.info.run_id, "loss") for run in children]
+    assert [len(history) for history in histories] == [50] * 4
+    assert {int(history[-1].value) for history in histories} == {0, 1, 2, 3}
