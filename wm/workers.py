@@ -6,6 +6,7 @@ neither the number of processes nor the death of one changes anything.
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from wm.envs import EnvConfig, as_vector, make_env
 from wm.rollout import RANDOM_POLICIES, Policy, rollout
 
 ATTEMPTS = 3
+SECONDS_TO_END = 30.0  # of a pool that is stopped
 SECONDS_PER_STEP = 0.5  # a game slower than this by far is stuck, and its process is replaced
 
 
@@ -84,8 +86,15 @@ class Workers:
         return self
 
     def __exit__(self, *failure: Any) -> None:
+        """Stop the processes.
+
+        A SIGTERM may have come amid the pool's own bookkeeping, which then waits for ever for one
+        of its threads: so it is waited for by another, and not for ever.
+        """
         self.pool.stop()
-        self.pool.join()
+        ending = threading.Thread(target=self.pool.join, daemon=True)
+        ending.start()
+        ending.join(SECONDS_TO_END)
 
     def map(self, task: Callable, items: Sequence[Any], timeout: float) -> Iterator[Any]:
         """Yield task(item) in order; a crashed or stuck process is replaced, its item retried.
