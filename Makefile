@@ -10,7 +10,7 @@ PORT ?= 5000
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 setup: $(VENV)/installed  ## create .venv and install the project
 
@@ -47,7 +47,10 @@ ui: setup  ## browse all runs in MLflow, on this machine only
 	  --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
 
 test: $(VENV)/tested  ## run the test suite; ARGS='-m slow' runs every grid at its smallest
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest --ignore=tests/reliability $(ARGS)
+
+test-reliability: $(VENV)/tested  ## kill, fill, flip and cut: what a run must survive
+	$(VENV)/bin/python -m pytest tests/reliability $(ARGS)
 
 lint: $(VENV)/tested  ## check format and style
 	$(VENV)/bin/ruff format --check .
@@ -58,4 +61,4 @@ clean:  ## remove .venv and caches; runs/ stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A pattern cannot be phony: no file is called ablation-NAME.
-.PHONY: help setup demo carracing takecover ablations bench ui test lint clean
+.PHONY: help setup demo carracing takecover ablations bench ui test test-reliability lint clean

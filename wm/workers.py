@@ -108,7 +108,9 @@ class Workers:
                 try:
                     result = future.result()
                     break
-                except (ProcessExpired, TimeoutError) as failure:
+                except Exception as failure:
+                    if not _of_the_game(failure):
+                        raise
                     if attempt == ATTEMPTS:
                         raise WMError(
                             f"a game failed {ATTEMPTS} times at {item}: "
@@ -123,6 +125,12 @@ class Workers:
         chunks = [seeds[i : i + size] for i in range(0, len(seeds), size)]
         for outcomes in self.map(partial(play, env, player), chunks, time_limit(env, size)):
             yield from outcomes
+
+
+def _of_the_game(failure: Exception) -> bool:
+    """Whether a process or a game's engine was lost: ViZDoom says so by errors of its own."""
+    lost = isinstance(failure, ProcessExpired | TimeoutError)
+    return lost or type(failure).__module__.startswith("vizdoom")
 
 
 def time_limit(env: EnvConfig, episodes: int) -> float:

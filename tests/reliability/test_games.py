@@ -1,0 +1,59 @@
+"""Games in trouble, real ones: an engine that is killed or stopped costs time and nothing else."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from wm import WMError
+from wm.envs import EnvConfig
+from wm.workers import RandomPlayer, play
+
+TAKE_COVER = EnvConfig("takecover", max_steps=40)
+SECONDS = 20.0  # that an episode may take
+
+
+@dataclass(frozen=True)
+class Saboteur:
+    """A random player who, at its first `times` attempts, sends its game's engine a signal."""
+
+    number: int
+    diary: Path
+    times: int = 1
+
+    def __call__(self, games):
+        with open(self.diary, "a") as file:
+            file.write("|")
+        if len(self.diary.read_text()) <= self.times:
+            os.kill(engine(os.getpid()), self.number)
+        return RandomPlayer("uniform")(games)
+
+
+def engine(parent):
+    """The process of ViZDoom below a process."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        name, fields = stat.read_text().rsplit(")", 1)
+        if "vizdoom" in name and int(fields.split()[1]) == parent:
+            return int(stat.parent.name)
+    raise AssertionError("there is no engine")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_an_engine_that_is_lost_is_replaced_and_its_episode_has_the_same_return(
+    number, workers, tmp_path
+):
+    saboteur, started = Saboteur(number, tmp_path / "diary"), time.monotonic()
+    (outcomes,) = workers.map(partial(play, TAKE_COVER, saboteur), [[3]], SECONDS)
+    assert outcomes == play(TAKE_COVER, RandomPlayer("uniform"), [3])
+    assert len(saboteur.diary.read_text()) == 2  # it did happen
+    assert time.monotonic() - started < 4 * SECONDS
+
+
+def test_an_engine_that_is_always_lost_is_given_up_with_its_seed(workers, tmp_path):
+    saboteur = Saboteur(signal.SIGKILL, tmp_path / "diary", times=99)
+    with pytest.raises(WMError, match=r"a game failed 3 times at \[3\]"):
+        list(workers.map(partial(play, TAKE_COVER, saboteur), [[3]], SECONDS))
