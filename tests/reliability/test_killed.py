@@ -42,7 +42,7 @@ def killed(start, tmp_path_factory):
         process.communicate(timeout=120)  # until its workers, who share its output, are gone too
         name = sign.split("-")[0]
         done = [path.parent.name for path in made.glob(f"{name}-*/{DONE}")]
-        seen.append((process.returncode, done, alive(process.pid)))
+        seen.append((process.returncode, done, left(process.pid)))
     return made, seen
 
 
@@ -54,8 +54,15 @@ def wait_until(seen, process, seconds=300):
         time.sleep(0.005)
 
 
+def left(session, seconds=20):
+    """The processes of a session that still run after some seconds."""
+    deadline = time.time() + seconds
+    while (found := alive(session)) and time.time() < deadline:
+        time.sleep(0.2)
+    return found
+
+
 def alive(session):
-    """The processes of a session that still run."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -68,10 +75,10 @@ def alive(session):
 
 
 def test_a_killed_stage_is_not_done_and_leaves_no_process(killed):
-    for (sign, number), (code, done, left) in zip(KILLS, killed[1], strict=True):
+    for (sign, number), (code, done, alone) in zip(KILLS, killed[1], strict=True):
         assert code == CODES[number], sign
         assert done == [], sign
-        assert left == [], sign
+        assert alone == [], sign
 
 
 def test_after_five_kills_the_same_command_ends_bit_equal(killed, straight, finish):
