@@ -185,7 +185,7 @@ def run_labelled(label: str, words: Sequence[str]) -> None:
     with open_tracker(config, graph) as tracker:
         run_stage(stage, tracker, f"wm {stage.name} {' '.join(words)}")
         if stage is graph[-1]:
-            tracker.summarise(summary(graph), scored_controller(graph).record["run_id"])
+            tracker.summarise(summary(graph), scored_controller(graph))
 
 
 def evaluate_run(run: str, words: Sequence[str]) -> None:
