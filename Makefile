@@ -29,7 +29,7 @@ demo: setup  ## take-cover at a small scale, from the first frame to a score (10
 carracing: setup  ## the full CarRacing pipeline (up to an hour on 2 cores)
 	$(WM) run env=carracing scale=laptop $(ARGS)
 
-takecover: setup  ## the full take-cover pipeline (up to half an hour on 2 cores)
+takecover: setup  ## the full take-cover pipeline (up to 40 minutes on 2 cores)
 	$(WM) run env=takecover scale=laptop $(ARGS)
 
 ablation-%: setup  ## one grid, as ablation-temperature; SCALE=smoke|demo|laptop, ARGS=--dry-run
