@@ -107,10 +107,11 @@ def test_killed_amid_a_run_and_back_later(tmp_path, free_port, serve, monkeypatc
         check_told_once(uri, vision)
 
 
-def test_ten_seconds_for_every_call(tmp_path, free_port, monkeypatch):
+def test_ten_seconds_for_every_call(tmp_path, monkeypatch):
     """A server that takes a call and answers only after ten seconds."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port}")
-    with socket.create_server(("127.0.0.1", free_port)) as listener:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
 
         def answer():
             while True:
