@@ -196,7 +196,8 @@ class Tracker:
         """The run of a record, kept in a folder; None where MLflow does not answer."""
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(WMError):  # what was sent, or should have been, before; if there is any
-            record.artifacts = RunRecord.load(folder).artifacts
+            earlier = RunRecord.load(folder)
+            record.artifacts, record.agent = earlier.artifacts, earlier.agent
         record.save(folder)
         return self._attempt(open_run, self.experiment_id, record, parent)
 
@@ -220,7 +221,8 @@ class Tracker:
         self, name: str, fingerprint: str, config: dict[str, Any], metrics: Mapping[str, float]
     ) -> None:
         """A run below a grid's parent: what was set, and what came of it; FAILED if nothing did."""
-        folder = self.folder.with_name(f"{self.folder.name}-{fingerprint[:12]}")  # after its parent
+        key = hashlib.sha256(fingerprint.encode()).hexdigest()[:12]
+        folder = self.folder.with_name(f"{self.folder.name}-{key}")  # after its parent
         record = self._describe(name, {FINGERPRINT_TAG: fingerprint}, self.parent, config)
         run_id = self._open(record, folder, self.run_id)
         StageRun(self.server, run_id, folder, record).log_metrics(metrics)

@@ -84,6 +84,24 @@ def test_absent_from_the_start(tmp_path, free_port, monkeypatch, capsys):
     check_told_once(f"sqlite:///{tmp_path}/mlflow.db", vision)
 
 
+def test_the_cells_of_a_grid_are_told_apart_later(tmp_path, free_port, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port}")
+    with Tracker(tmp_path, CONFIG, "a grid", None, "ablation-grid", "grid-smoke") as tracker:
+        for heat in (0.5, 1.0):
+            name = f"takecover, temperature {heat}"
+            tracker.cell(name, f"{name} abc", {"temperature": heat}, {"eval/mean": 100 * heat})
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    sync(tmp_path)
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    grid = client.get_experiment_by_name("ablation-grid").experiment_id
+    parent, *rest = sorted(client.search_runs([grid]), key=lambda run: run.info.run_name)
+    assert [(run.data.params, run.data.metrics) for run in rest] == [
+        ({"temperature": "0.5"}, {"eval/mean": 50.0}),
+        ({"temperature": "1.0"}, {"eval/mean": 100.0}),
+    ]
+    assert {run.data.tags["mlflow.parentRunId"] for run in rest} == {parent.info.run_id}
+
+
 def test_killed_amid_a_run_and_back_later(tmp_path, free_port, serve, monkeypatch, capsys):
     uri = f"http://127.0.0.1:{free_port}"
     options = ["--host", "127.0.0.1", "--port", str(free_port)]
