@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from wm import WMError
-from wm.stages import CHECKPOINTS, DONE, Stage, run_stage
+from wm.stages import CHECKPOINTS, DONE, METRICS, Stage, run_stage
 
 
 class Work:
@@ -118,6 +118,33 @@ def test_a_missing_or_cut_output_is_made_again(damage, first, tracker):
     assert first.done and output.read_text() == "made"
     run_stage(first, tracker)
     assert first.work.calls == 2  # once
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 2)])
+def test_measurements_are_made_again_with_the_steps_they_were_made_in(damage, first, tracker):
+    run_stage(first, tracker)
+    damage(first.folder / METRICS)
+    leftover = first.folder / CHECKPOINTS / "of the first making"
+    leftover.touch()
+    run_stage(first, tracker)
+    assert first.done and not leftover.exists()
+
+
+def test_what_another_process_has_finished_meanwhile_is_left_as_it_is(
+    first, second, tracker, monkeypatch
+):
+    run_stage(first, tracker)
+    looks = []
+
+    def look(stage):  # takes so long that another process finishes what waits for it
+        if not looks:
+            looks.append(stage)
+            run_stage(second, tracker)
+        return []
+
+    monkeypatch.setattr("wm.stages.damaged", look)
+    run_stage(second, tracker)
+    assert looks == [first] and second.work.calls == 1 and second.done
 
 
 def test_a_stage_that_is_made_again_and_fails_is_not_done(first, tracker):

@@ -133,7 +133,7 @@ def _damaged(folder: Path, written: int) -> list[Path]:
     """
     files = read_manifest(folder)["files"].items()
     paths = {inside(folder, name): entry["sha256"] for name, entry in files}
-    return [path for path, digest in paths.items() if sha256(path) != digest]
+    return [path for path, digest in paths.items() if not path.is_file() or sha256(path) != digest]
 
 
 def run_stage(stage: Stage, tracker: Any, command: str = "wm run", repair: bool = False) -> Path:
@@ -148,7 +148,8 @@ def run_stage(stage: Stage, tracker: Any, command: str = "wm run", repair: bool 
         print(f"{stage.label}: done before, in {stage.folder}")
         return stage.folder
     for needed in stage.inputs.values():
-        its_command = command.replace(stage.name, needed.name, 1)
+        part_of_it = needed.name == "agent"  # which has no command of its own
+        its_command = command if part_of_it else command.replace(stage.name, needed.name, 1)
         if not needed.done:
             raise WMError(
                 f"{stage.label} needs {needed.label}, which is not there; `{its_command}` makes it"
@@ -158,7 +159,9 @@ def run_stage(stage: Stage, tracker: Any, command: str = "wm run", repair: bool 
     stage.folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(stage.folder / ".lock", timeout=0):
-            if stage.done:
+            if stage.done and not (repair and damaged(stage)):  # by another process, meanwhile
+                return stage.folder
+            if (stage.folder / DONE).is_file():
                 _remove(stage, damaged(stage))
             (stage.folder / DONE).unlink(missing_ok=True)  # of a result that was damaged since
             print(f"{stage.label}: in {stage.folder}", flush=True)
@@ -172,7 +175,7 @@ def _remove(stage: Stage, paths: list[Path]) -> None:
     """Remove what is damaged; where measurements are, the steps too that they were made in."""
     for path in paths:
         print(f"{stage.label}: {path} is damaged and is made again", flush=True)
-        path.unlink()
+        path.unlink(missing_ok=True)
     if stage.folder / METRICS in paths:
         shutil.rmtree(stage.folder / CHECKPOINTS, ignore_errors=True)
 

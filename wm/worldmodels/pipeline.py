@@ -194,6 +194,7 @@ def evaluate_run(run: str, words: Sequence[str]) -> None:
     Raises:
         WMError: if there is no such agent.
     """
+    words, repair = split_repair(words)
     settings = load(Config, words)
     source = find_agent(run, Path(settings.runs))
     its = Agent.load(source).config
@@ -211,7 +212,7 @@ def evaluate_run(run: str, words: Sequence[str]) -> None:
     ]
     with open_tracker(config, graph, None if source == Path(run) else run) as tracker:
         for stage in graph:
-            run_stage(stage, tracker, f"wm evaluate run={run} {' '.join(words)}")
+            run_stage(stage, tracker, f"wm evaluate run={run} {' '.join(words)}", repair)
     print_results(config, graph)
 
 
