@@ -114,7 +114,7 @@ def make_plan(family: Family, words: Sequence[str]) -> Plan:
     grid, source = read_grid(Path(files[0])), Path(files[0])
     base = load(family.Config, base_words(grid, others))
     grid = at_scale(grid, base.scale)
-    grid = replace(grid, seeds=options.seeds or grid.seeds)
+    grid = replace(grid, seeds=list(dict.fromkeys(options.seeds or grid.seeds)))
     if options.publish and len(grid.seeds) < LEAST_SEEDS:
         raise ConfigError(f"what is published needs {LEAST_SEEDS} training seeds at least")
     options = replace(options, jobs=Workers(options.jobs).count)

@@ -4,12 +4,12 @@ Stages of equal fingerprint are one, so two processes never meet in a folder. A 
 holds up those that need it and no others.
 """
 
-import json
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import wait
@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from wm import WMError
 from wm.config import flat
-from wm.stages import DONE, Stage
+from wm.stages import DONE, Stage, read_manifest
 
 CONTEXT = multiprocessing.get_context("spawn")
 START = 8.0  # seconds that a process takes to begin, as README says
@@ -141,15 +142,16 @@ def similar_seconds(stage: Stage) -> float | None:
     """What the finished stage of this name took whose configuration agrees in most keys."""
     wanted, seconds = flat(dict(stage.config)).items(), {}
     for path in stage.root.glob(f"{stage.label}-*/{DONE}"):
-        config, taken = _finished(path)
-        seconds[sum(item in config.items() for item in wanted)] = taken
+        with suppress(WMError):  # a damaged one says nothing of time
+            config, taken = _finished(path)
+            seconds[sum(item in config.items() for item in wanted)] = taken
     return seconds[max(seconds)] if seconds else None
 
 
 @cache
 def _finished(manifest: Path) -> tuple[dict[str, Any], float]:
     """Configuration and seconds of a finished stage."""
-    record = json.loads(manifest.read_text())
+    record = read_manifest(manifest.parent)
     return flat(record["config"]), record["seconds"]
 
 
