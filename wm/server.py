@@ -54,7 +54,8 @@ class Server:
     def __init__(self, uri: str):
         for name, value in HASTE.items():
             os.environ.setdefault(name, value)
-        self.uri, self.answers, self.waited = uri, True, 0.0
+        self.uri, self.answers = uri, True
+        self.started, self.waited = time.monotonic(), 0.0
         self.client = self.attempt(MlflowClient, uri)
         self.started, self.waited = time.monotonic(), 0.0  # a new database takes its time
 
@@ -70,7 +71,7 @@ class Server:
             return None
         now = time.monotonic()
         self.waited += now - began
-        if self.waited > PATIENCE + SHARE * (now - getattr(self, "started", now)):
+        if self.waited > PATIENCE + SHARE * (now - self.started):
             self._give_up(f"it has taken {self.waited:.0f} s so far")
         return result
 

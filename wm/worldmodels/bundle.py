@@ -47,7 +47,7 @@ def bundle(words: Sequence[str]) -> None:
     controller = scored_controller(graph)
     halved(Agent.load(controller.folder / "agent")).save(folder)
     about: dict[str, Any] = {
-        "command": f"wm run {' '.join(words)}",
+        "command": f"wm run {' '.join(w for w in words if not w.startswith('runs='))}",
         "versions": controller.record["versions"],
         "results before it was halved": summary(graph),
         "config": result_config(config),
