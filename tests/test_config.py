@@ -1,12 +1,24 @@
 """Configuration: which layer wins, what is refused and how, the paper's sizes."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from omegaconf import OmegaConf
 
-from wm.config import CONF, ConfigError, bounded, choices, from_yaml, load, plain, to_yaml
+from wm.config import (
+    CONF,
+    ConfigError,
+    bounded,
+    choices,
+    covered,
+    from_yaml,
+    later,
+    load,
+    merge,
+    plain,
+    to_yaml,
+)
 from wm.worldmodels.pipeline import Config, stages
 
 GAMES, SCALES = choices(CONF, "env"), choices(CONF, "scale")
@@ -157,3 +169,19 @@ def test_plain_values_survive_json_and_cover_every_field():
     tree = plain(load(Config, []))
     assert set(tree) == {field.name for field in dataclasses.fields(Config)}
     assert isinstance(tree["vision"], dict) and isinstance(tree["vision"]["latent"], int)
+
+
+@dataclass(frozen=True)
+class Grown(Part):
+    width: int = later(3, 1)
+    inner: Part = later(Part())
+
+
+def test_a_field_that_came_later_is_covered_only_where_it_is_changed():
+    before = covered(Part(size=2))
+    assert covered(Grown(size=2)) == before == {"size": 2, "depth": 1}
+    assert covered(Grown(size=2, width=4)) == {**before, "width": 4}
+    assert covered(Grown(size=2, inner=Part(5)))["inner"] == {"size": 5, "depth": 1}
+    assert covered(replace(Tree(), part=Grown(4)))["part"] == {"size": 4, "depth": 1}
+    with pytest.raises(ConfigError, match="nearest valid value is 1"):
+        merge(Grown, {"width": 0})

@@ -35,6 +35,12 @@ def bounded(default: float, low: float | None = None, high: float | None = None)
     return dataclasses.field(default=default, metadata={"low": low, "high": high})
 
 
+def later(default: Any, low: float | None = None, high: float | None = None) -> Any:
+    """A `bounded` field that came when there were finished stages without it: see `covered`."""
+    metadata = {"low": low, "high": high, "later": True}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 def load(schema: type[T], words: Sequence[str], conf: Path = CONF) -> T:
     """Build `schema` from conf/config.yaml, the chosen env and scale, and `key=value` words.
 
@@ -94,8 +100,23 @@ def choices(conf: Path, group: str) -> list[str]:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """The configuration as nested dicts of plain values (what is hashed, saved and logged)."""
+    """The configuration as nested dicts of plain values."""
     return OmegaConf.to_container(OmegaConf.structured(config))
+
+
+def covered(config: Any) -> dict[str, Any]:
+    """What a fingerprint covers: `plain`, but fields that came later only where they are changed.
+
+    So what was made before a field was thought of keeps its fingerprint.
+    """
+    tree = plain(config)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.metadata.get("later") and value == field.default:
+            del tree[field.name]
+        elif dataclasses.is_dataclass(value):
+            tree[field.name] = covered(value)
+    return tree
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,8 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import cv2
 import gymnasium as gym
@@ -18,6 +19,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import TimeLimit
 
 from wm.config import bounded
+from wm.worlds import ORDINARY, World, write_scenario
 
 FRAME = (64, 64, 3)
 MOVE = 1 / 3  # take-cover: left below -MOVE, right above MOVE, else stay; the paper's thresholds
@@ -37,6 +39,14 @@ class EnvConfig:
     repeat: int = bounded(1, 1, 16)  # steps of the game for which an action is held
     crop: int = bounded(0, 0, 40)  # rows cut from the bottom of the original picture
     fast_drawing: bool = True  # CarRacing: the same frames with less work; never when scores count
+    world: ClassVar[World] = ORDINARY
+
+
+@dataclass(frozen=True)
+class ElsewhereConfig(EnvConfig):
+    """The game in another world, where agents are scored and never trained."""
+
+    world: World = ORDINARY
 
 
 def action_space(name: str) -> gym.spaces.Box:
@@ -128,8 +138,6 @@ class TakeCover(gym.Env):
     One action in [-1,1], of which MOVE makes three moves.
     """
 
-    SKILL = 4
-
     def __init__(self, config: EnvConfig):
         import vizdoom
 
@@ -138,16 +146,21 @@ class TakeCover(gym.Env):
         self.crop, self.repeat = config.crop, config.repeat
         self.game = game = vizdoom.DoomGame()
         game.load_config(os.path.join(vizdoom.scenarios_path, "take_cover.cfg"))
-        game.set_doom_skill(self.SKILL)  # the scenario's file is not to be relied upon for either
+        skill = config.world.skill  # the scenario's file is not to be relied upon for either
+        game.set_doom_skill(skill)
         game.set_episode_timeout(config.max_steps)
         game.set_window_visible(False)
         self.scratch = tempfile.TemporaryDirectory(prefix="vizdoom-")
+        if config.world != ORDINARY:
+            scenario = Path(self.scratch.name, "take_cover.wad")
+            write_scenario(config.world, Path(vizdoom.scenarios_path, scenario.name), scenario)
+            game.set_doom_scenario_path(str(scenario))
         ini = os.path.join(self.scratch.name, "vizdoom.ini")
         game.set_doom_config_path(ini)  # else it leaves a file in the user's folder
         game.set_screen_format(vizdoom.ScreenFormat.RGB24)
         game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
         game.set_available_buttons([vizdoom.Button.MOVE_LEFT, vizdoom.Button.MOVE_RIGHT])
-        assert game.get_doom_skill() == self.SKILL
+        assert game.get_doom_skill() == skill
         assert game.get_episode_timeout() == config.max_steps
         with contextlib.chdir(self.scratch.name):  # the engine makes a folder where it is started
             game.init()

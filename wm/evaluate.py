@@ -11,10 +11,11 @@ from scipy.stats import bootstrap
 from tqdm import tqdm
 
 from wm import WMError
-from wm.config import bounded, one_line
-from wm.envs import EnvConfig, held_out_seeds
+from wm.config import bounded, later, one_line
+from wm.envs import ElsewhereConfig, EnvConfig, held_out_seeds
 from wm.files import write_atomically
 from wm.workers import Outcome, Player, Workers
+from wm.worlds import ORDINARY, World
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -23,6 +24,12 @@ RESAMPLES = 10_000
 @dataclass(frozen=True)
 class EvaluateConfig:
     episodes: int = bounded(100, 2)  # one for each of as many held-out seeds
+    world: World = later(ORDINARY)  # of take-cover: it may differ from that of training
+    reconstructed: int = later(0, 0)  # held-out episodes on whose frames V's error is measured
+
+    def game(self, env: EnvConfig) -> EnvConfig:
+        """A game in the world where it is scored."""
+        return ElsewhereConfig(**vars(env), world=self.world)
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,7 @@ def test_running_again_skips_every_stage(tiny, capsys):
         ("trainer.workers=2", set()),
         ("minutes=9", set()),
         ("evaluate.episodes=3", {"baseline", "evaluate", "report"}),
+        ("evaluate.reconstructed=1", {"baseline", "evaluate", "report"}),
         ("controller.temperature=1.3", {"controller-0", "evaluate", "report"}),
         ("memory.mixtures=3", {"memory-0", "controller-0", "evaluate", "report"}),
         ("vision.latent=9", {"vision-0", "memory-0", "controller-0", "evaluate", "report"}),
@@ -201,6 +202,20 @@ def test_a_change_concerns_its_stage_and_those_below(change, again, tiny):
     before = {stage.label: stage.fingerprint for stage in tiny.graph()}
     after = {stage.label: stage.fingerprint for stage in tiny.graph(change)}
     assert {label for label in before if after[label] != before[label]} == again
+
+
+def test_another_world_concerns_the_scores_alone():
+    made = [
+        {stage.label: stage for stage in stages(load(Config, ["env=takecover", *SMOKE, *words]))}
+        for words in ([], ["evaluate.world.skill=4"], ["evaluate.world.skill=5"])
+    ]
+    before, same, after = ({label: s.fingerprint for label, s in g.items()} for g in made)
+    assert before == same
+    scores = {"baseline", "evaluate", "report"}
+    assert {label for label in before if after[label] != before[label]} == scores
+    for label in ("baseline", "evaluate"):  # as it was before there were other worlds
+        assert made[0][label].config["evaluation"] == {"episodes": 2}
+        assert made[2][label].config["evaluation"]["world"]["skill"] == 5
 
 
 def test_the_last_round_is_scored_where_no_mean_is_chosen(tiny):

@@ -7,19 +7,35 @@ import numpy as np
 import pytest
 import torch
 
-from wm.collect import collect
+from wm.collect import collect, record
 from wm.config import ConfigError
 from wm.data import Latents
-from wm.envs import EnvConfig, validation_seeds
+from wm.envs import (
+    ElsewhereConfig,
+    EnvConfig,
+    as_vector,
+    held_out_seeds,
+    make_env,
+    validation_seeds,
+)
 from wm.episodes import EpisodeStore
 from wm.evaluate import EvaluateConfig
 from wm.files import hashes
 from wm.training import TrainerConfig
 from wm.workers import RandomPlayer
-from wm.worldmodels.agent import AgentConfig, load_weights, save_tensors
+from wm.worldmodels.agent import AgentConfig, AgentPlayer, load_weights, save_tensors
 from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
+from wm.worldmodels.pictures import reconstruction_error
 from wm.worldmodels.vae import ConvVAE, VisionConfig
-from wm.worldmodels.work import best_round, dream_score, encode_store, train_memory, train_vision
+from wm.worldmodels.work import (
+    best_round,
+    dream_score,
+    encode_store,
+    evaluate_agent,
+    train_memory,
+    train_vision,
+)
+from wm.worlds import ORDINARY, World
 
 
 def test_encoding_a_store_again_replaces_what_an_interrupted_run_left(tmp_path, vision, workers):
@@ -103,6 +119,22 @@ def test_an_agent_is_scored_in_its_own_dreams(make_agent, tmp_path, silent):
 def test_dreams_that_pay_nothing_have_no_score(make_agent, tmp_path, silent):
     agent = make_agent(memory={"reward_head": False}, fitness="real")
     assert dream_score(agent, EvaluateConfig(), tmp_path, silent) == {}
+
+
+def test_an_agent_is_scored_and_its_v_measured_in_the_world_that_is_asked_for(
+    make_agent, tmp_path, silent
+):
+    agent, env = make_agent("takecover", horizon=5), EnvConfig("takecover", 40, 4)
+    player = AgentPlayer(tmp_path / "agent")
+    agent.save(player.folder)
+    blue, errors = World(5, wall="COMPBLUE"), {}
+    for world in (ORDINARY, blue):
+        games = as_vector(make_env(ElsewhereConfig(**vars(env), world=world)))
+        errors[world] = reconstruction_error(agent.vision, record(games, player, held_out_seeds(3)))
+    assert errors[blue] > errors[ORDINARY] + 0.01
+    given = {"env": env, "evaluation": EvaluateConfig(2, blue, reconstructed=3)}
+    facts = evaluate_agent(tmp_path, {"C": tmp_path}, silent, TrainerConfig(workers=1), **given)
+    assert facts["eval/reconstruction_error"] == errors[blue]
 
 
 def test_only_take_covers_actions_are_moves():

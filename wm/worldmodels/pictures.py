@@ -1,5 +1,6 @@
 """What V and M show: reconstructions, traversals, futures, open-loop error, real beside dream."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +160,12 @@ def side_by_side(vision: ConvVAE, episode: Episode) -> np.ndarray:
     cuts = range(256, len(frames), 256)
     seen = [decode(vision, encode_frames(vision, part)[0]) for part in np.split(frames, list(cuts))]
     return np.concatenate([frames, np.concatenate(seen)], axis=2)
+
+
+def reconstruction_error(vision: ConvVAE, episodes: Sequence[Episode]) -> float:
+    """Mean squared error of V's pictures of all frames, of pixel values in [0,1]."""
+    errors = []
+    for episode in episodes:
+        real, seen = np.split(side_by_side(vision, episode) / np.float32(255), 2, axis=2)
+        errors.append(np.square(real - seen).mean((1, 2, 3)))
+    return float(np.concatenate(errors).mean())

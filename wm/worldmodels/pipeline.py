@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wm.collect import CollectConfig
-from wm.config import bounded, load, plain
+from wm.config import bounded, covered, load
 from wm.envpool import require_envpool
 from wm.envs import EnvConfig, validation_seeds
 from wm.evaluate import EvaluateConfig
@@ -26,6 +26,7 @@ from wm.worldmodels.agent import FILES, Agent, AgentConfig, AgentPlayer, find_ag
 from wm.worldmodels.controller import ControllerConfig
 from wm.worldmodels.mdnrnn import MemoryConfig
 from wm.worldmodels.vae import VisionConfig
+from wm.worlds import require_world
 
 PARITY_SEEDS = 20
 REPAIR = "--repair"
@@ -65,6 +66,7 @@ class Config:
         _ = self.agent  # refuses settings that do not go together
         if self.collect.simulator == "envpool":
             require_envpool(self.env)
+        require_world(self.env.name, self.evaluate.world)
 
 
 def stages(config: Config) -> list[Stage]:
@@ -126,15 +128,15 @@ def _stage(
     given: Mapping[str, Any],
     round: int | None = None,
 ) -> Stage:
-    covered = {key: plain(part) if is_dataclass(part) else part for key, part in given.items()}
+    record = {key: covered(part) if is_dataclass(part) else part for key, part in given.items()}
     root = Path(config.runs) / config.env.name
     task = partial(do, trainer=config.trainer, **given)
-    return Stage(name, VERSIONS[name], covered, task, root, inputs, round)
+    return Stage(name, VERSIONS[name], record, task, root, inputs, round)
 
 
 def result_config(config: Config) -> dict[str, Any]:
     """The configuration without what only says where the work is done."""
-    kept = plain(config)
+    kept = covered(config)
     return {key: kept[key] for key in kept if key not in ("trainer", "runs", "minutes")}
 
 

@@ -26,6 +26,7 @@ from wm.envs import (
     EnvConfig,
     action_space,
     as_vector,
+    held_out_seeds,
     make_env,
     training_seeds,
     validation_seeds,
@@ -362,9 +363,9 @@ def play_baseline(
     evaluation: EvaluateConfig,
 ) -> Facts:
     """The random policy on the held-out seeds."""
-    player = RandomPlayer("uniform")
+    player, game = RandomPlayer("uniform"), evaluation.game(env)
     with Workers(trainer.workers) as workers, run.busy():
-        outcomes = play_held_out(env, player, evaluation.episodes, workers, "random policy")
+        outcomes = play_held_out(game, player, evaluation.episodes, workers, "random policy")
     return _keep_score(outcomes, folder, run, "random")
 
 
@@ -380,14 +381,19 @@ def evaluate_agent(
     """The best round's agent on the held-out seeds, and what it saw and dreamt in an episode."""
     chosen = best_round(inputs)
     print(f"evaluate: the agent of {chosen}", flush=True)
-    player = AgentPlayer(inputs[chosen] / "agent")
+    player, game = AgentPlayer(inputs[chosen] / "agent"), evaluation.game(env)
     with Workers(trainer.workers) as workers, run.busy():
-        outcomes = play_held_out(env, player, evaluation.episodes, workers, "agent")
+        outcomes = play_held_out(game, player, evaluation.episodes, workers, "agent")
     agent = Agent.load(player.folder)
     facts = _keep_score(outcomes, folder, run, "eval") | dream_score(agent, evaluation, folder, run)
     middle = sorted(outcomes, key=lambda outcome: outcome.episode_return)[len(outcomes) // 2]
-    (episode,) = record(as_vector(make_env(env)), player, [middle.seed])
+    (episode,) = record(as_vector(make_env(game)), player, [middle.seed])
     draw_life(agent, episode, folder, run)
+    if seeds := held_out_seeds(evaluation.reconstructed):
+        with run.busy():
+            played = record(as_vector(make_env(game)), player, seeds)
+            error = pictures.reconstruction_error(agent.vision, played)
+        facts["eval/reconstruction_error"] = error
     return facts
 
 
