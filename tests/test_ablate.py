@@ -10,6 +10,7 @@ import shutil
 import signal
 from contextlib import nullcontext
 from functools import partial
+from math import nan
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +19,11 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from wm import WMError, schedule
+from wm import WMError, results, schedule
 from wm.ablate import ablate
 from wm.config import ConfigError, load
+from wm.evaluate import Score
+from wm.grid import Grid, cells
 from wm.stages import Stage, run_stage
 from wm.worldmodels.pipeline import Config
 
@@ -207,6 +210,25 @@ def test_what_is_published_is_copied_beside_the_grid(grid, own_folder):
     grid("publish=true", "jobs=1")
     names = {path.name for path in (own_folder / grid.name).iterdir()}
     assert names == {"table.csv", "table.md", "figure.png", "pictures.png"}
+
+
+@pytest.mark.parametrize(
+    "means, line", [([229.2, 229.2 + 1e-9], 229.2), ([229.2, 99.9], None), ([], None)]
+)
+def test_the_random_policy_is_a_line_where_it_has_one_score(means, line):
+    grid, (cell, *_) = Grid(), cells(Grid(axes={"seed": [0]}))
+    of = [Score(mean, 1.0, mean, mean, 2) for mean in means] or [None]
+    rows = [SimpleNamespace(cell=cell, scores={"random/mean": s, "eval/mean": s}) for s in of]
+    assert results.series_of(grid, "eval/mean", rows).line == line
+    assert results.series_of(grid, "random/mean", rows).line is None
+
+
+@pytest.mark.parametrize(
+    "mean, text",
+    [(12345.6, "12,346"), (229.24, "229.2"), (2, "2.000"), (0.0, "0.000"), (0.00123, "0.00123")],
+)
+def test_small_numbers_are_shown_with_more_decimals(mean, text):
+    assert results.shown(Score(mean, nan, nan, nan, 1)) == text
 
 
 @pytest.mark.parametrize(

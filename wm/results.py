@@ -129,10 +129,11 @@ def _line(words: Sequence[str]) -> str:
 
 
 def shown(score: Score | None) -> str:
-    """A mean, with what is known of its uncertainty; small ones with three decimals."""
+    """A mean, with what is known of its uncertainty; the smaller, the more decimals."""
     if score is None:
         return "-"
-    decimals = 0 if abs(score.mean) >= 1e4 else 1 if abs(score.mean) >= 10 else 3
+    size = abs(score.mean)
+    decimals = 0 if size >= 1e4 else 1 if size >= 10 else 5 if 0 < size < 0.1 else 3
     numbers = [f"{getattr(score, part):,.{decimals}f}" for part in PARTS]
     if np.isnan(score.ci_low):
         return numbers[0]
@@ -149,7 +150,7 @@ def draw(grid: Grid, rows: Sequence[Row]) -> figures.Figure:
         series.setdefault(name, {})[row.cell.values[last]] = row
     panels = {
         metric: {
-            name: _series(grid, metric, [at[label] for label in labels])
+            name: series_of(grid, metric, [at[label] for label in labels])
             for name, at in series.items()
         }
         for metric in grid.metrics
@@ -157,15 +158,16 @@ def draw(grid: Grid, rows: Sequence[Row]) -> figures.Figure:
     return figures.panels(panels, labels, last.split(".")[-1])
 
 
-def _series(grid: Grid, metric: str, rows: Sequence[Row]) -> figures.Series:
+def series_of(grid: Grid, metric: str, rows: Sequence[Row]) -> figures.Series:
     scores = [row.scores[metric] for row in rows]
     y, low, high = (
         np.array([getattr(score, part) if score else np.nan for score in scores], float)
         for part in ("mean", "ci_low", "ci_high")
     )
     theirs = [first_number(published(grid, row.cell, metric)) for row in rows]
-    scored = [row.scores[RANDOM] for row in rows if row.scores[RANDOM] and metric == SCORE]
-    return figures.Series(y, low, high, np.array(theirs), scored[0].mean if scored else None)
+    scored = [row.scores[RANDOM].mean for row in rows if row.scores[RANDOM] and metric == SCORE]
+    same = np.allclose(scored, scored[:1])  # unless cells are scored in other worlds
+    return figures.Series(y, low, high, np.array(theirs), scored[0] if scored and same else None)
 
 
 def first_number(text: str) -> float:
