@@ -19,9 +19,8 @@ def shows(picture, colour):
     [
         lambda: figures.frame_rows({"real": [RED, BLUE], "seen": [BLUE]}, ["one", "two"]),
         lambda: figures.frame_rows({"only": np.stack([RED, BLUE, RED])}),
-        lambda: figures.futures(RED, BLUE, [RED, BLUE, BLUE], np.array([0.2, 0.5, 0.3])),
     ],
-    ids=["rows", "one row", "futures"],
+    ids=["rows", "one row"],
 )
 def test_a_picture_of_frames_shows_the_frames(draw, tmp_path):
     path = figures.save(draw(), tmp_path / "figure.png")

@@ -38,25 +38,6 @@ def frame_rows(rows: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str] =
     return figure
 
 
-def futures(
-    frame: np.ndarray, following: np.ndarray, sampled: Sequence[np.ndarray], weights: np.ndarray
-) -> Figure:
-    """A real frame, the real next one, sampled next ones, and the mixture weights [K]."""
-    pictures = [frame, following, *sampled]
-    size = (1.6 * len(pictures) + 2, 1.9)
-    figure, axes = plt.subplots(1, len(pictures) + 1, figsize=size, layout="constrained")
-    titles = ["now", "next, real", *(f"next, dream {i + 1}" for i in range(len(sampled)))]
-    for axis, picture, title in zip(axes, pictures, titles, strict=False):
-        axis.imshow(picture)
-        axis.set_title(title, fontsize=9)
-        axis.axis("off")
-    axes[-1].bar(np.arange(1, len(weights) + 1), weights, color="tab:blue")
-    axes[-1].set_title("mixture weights", fontsize=9)
-    axes[-1].set_ylim(0, 1)
-    axes[-1].set_xticks(np.arange(1, len(weights) + 1))
-    return figure
-
-
 def curves(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     x_label: str,

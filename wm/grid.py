@@ -9,6 +9,7 @@ axes:                                  # a list of values of a configuration key
   sees: {z alone: {controller.features: z}, z and h: {controller.features: zh}}
 seeds: [0, 1, 2]
 metrics: [dream/mean, eval/mean]       # facts of stages
+pictures: memory/futures.png           # of a stage: every cell's for the first seed, in one picture
 published:                             # at: the axes' values that a row belongs to
   - {by: who, at: {controller.temperature: 1.0}, eval/mean: 868 ± 511}
 at: {smoke: {seeds: [0]}}              # what is different at a scale

@@ -17,6 +17,8 @@ from wm.worldmodels.vae import ConvVAE, encode_frames, to_frames
 
 WARM_UP = 10  # real steps M sees before it is left alone
 FUTURES = 5
+AHEAD = 12  # actions of each future
+MOMENTS = 64  # of an episode that are tried for where futures part
 TRAVERSED = 6  # latents shown, the most active first
 
 
@@ -62,24 +64,45 @@ def dream_along(
     return torch.stack([dreams.step(actions[:, t])[0] for t in range(horizon)], dim=1)
 
 
-@torch.inference_mode()
 def futures(
     vision: ConvVAE, memory: MDNRNN, episode: Episode, latents: np.ndarray, game: str, path: Path
 ) -> Path:
-    """One real frame, the real next one, and sampled ones from the same state and action."""
-    now = liveliest_step(latents)
-    actions = torch.from_numpy(episode.actions[None])
-    start = warm_start(memory, torch.from_numpy(latents[None, : now + 1]), actions[:, :now])
-    copies = Starts(start.latent.expand(FUTURES, -1), start.state.expand(FUTURES, -1, -1))
-    action = actions[:, now : now + 1].expand(FUTURES, -1, -1)
-    sampled = dream_along(memory, copies, action, game, temperature=1.0)[:, 0]
-    hidden, _ = memory.advance(
-        copies.latent[:, None], action, copies.pick(torch.arange(FUTURES))[1]
-    )
-    weights = memory.predict(hidden[0, 0]).log_pi.exp().mean(-1)  # factored: mean over dimensions
-    frames = episode.frames[now], episode.frames[now + 1]
-    drawn = figures.futures(*frames, list(decode(vision, sampled)), weights.numpy())
-    return figures.save(drawn, path)
+    """What came after the moment where ways part, and five dreams of it with the same actions."""
+    means, actions = torch.from_numpy(latents), torch.from_numpy(episode.actions)
+    now, dreams = parting(vision, memory, means, actions, game)
+    steps = np.arange(dreams.shape[1] + 1)
+    rows = {"real": episode.frames[now + steps]}
+    for number, dream in enumerate(dreams, start=1):
+        rows[f"dream {number}"] = decode(vision, torch.cat([means[now][None], dream]))
+    return figures.save(figures.frame_rows(rows, [f"+{step}" for step in steps]), path)
+
+
+@torch.inference_mode()
+def parting(
+    vision: ConvVAE, memory: MDNRNN, means: Tensor, actions: Tensor, game: str
+) -> tuple[int, Tensor]:
+    """The moment of an episode whose dreams differ most, and their latents [FUTURES,AHEAD,Z].
+
+    They get the episode's own actions [T,A], and differ by the variance of their last pixels: many
+    moments, seen from latents [T+1,Z], have one future only.
+    """
+    ahead = min(AHEAD, len(actions))
+    last = len(actions) - ahead
+    moments = np.unique(np.linspace(min(WARM_UP, last), last, MOMENTS).astype(int))
+    starts = starts_within(memory, means, actions, moments)
+    copies = Starts(*(part.repeat_interleave(FUTURES, 0) for part in starts))
+    along = actions[moments[:, None] + np.arange(ahead)].repeat_interleave(FUTURES, 0)
+    dreamt = dream_along(memory, copies, along, game, temperature=1.0)
+    ends = decode(vision, dreamt[:, -1]).reshape(len(moments), FUTURES, -1)
+    chosen = int(ends.var(1).mean(1).argmax())
+    return int(moments[chosen]), dreamt.unflatten(0, (-1, FUTURES))[chosen]
+
+
+def starts_within(memory: MDNRNN, means: Tensor, actions: Tensor, moments: np.ndarray) -> Starts:
+    """Starts at moments [S] of an episode with latents [T+1,Z] and actions [T,A]."""
+    everything = (part.expand(len(moments), -1, -1) for part in (means[:-1], actions))
+    state = memory.warm_up(*everything, torch.from_numpy(moments))
+    return Starts(means[moments], torch.stack([layer[0] for layer in state], dim=1))
 
 
 def liveliest_step(latents: np.ndarray) -> int:

@@ -42,7 +42,7 @@ PUBLISHED = {
 PICTURES = {
     "reconstructions.png": "What V keeps of a frame",
     "traversals.png": "What the most active latents mean",
-    "futures.png": "One moment, and five futures that M thinks possible",
+    "futures.png": "Where M sees ways part: the game, and five dreams with the same actions",
     "prediction_error.png": "How long M can be left alone",
     "evolution.png": "Evolution: the dream's fitness and the real game's",
     "filmstrip.png": "A held-out episode: real, seen, and dreamt from the same frame and actions",
