@@ -131,13 +131,14 @@ def _draw(axis: Axes, x: np.ndarray, values: Series, name: str, colour: str, sty
 
 
 def stacked(pictures: Mapping[str, Path]) -> Figure:
-    """Pictures of equal shape below each other, each under its name."""
+    """Pictures of about the first one's shape below each other, each under its name."""
     images = {name: iio.imread(path) for name, path in pictures.items()}
     height, width = next(iter(images.values())).shape[:2]
     size = (10, (10 * height / width + 0.3) * len(images))
     figure, axes = plt.subplots(len(images), 1, figsize=size, squeeze=False, layout="constrained")
     for axis, (name, image) in zip(axes.flat, images.items(), strict=True):
         axis.imshow(image)
+        axis.set_anchor("W")  # a short episode's is narrower
         axis.set_title(name, fontsize=9, loc="left")
         axis.axis("off")
     return figure
