@@ -145,6 +145,7 @@ class TakeCover(gym.Env):
         self.action_space = action_space(config.name)
         self.crop, self.repeat = config.crop, config.repeat
         self.game = game = vizdoom.DoomGame()
+        game.set_vizdoom_path(str(Path(__file__).with_name("vizdoom.sh")))
         game.load_config(os.path.join(vizdoom.scenarios_path, "take_cover.cfg"))
         skill = config.world.skill  # the scenario's file is not to be relied upon for either
         game.set_doom_skill(skill)
@@ -162,6 +163,7 @@ class TakeCover(gym.Env):
         game.set_available_buttons([vizdoom.Button.MOVE_LEFT, vizdoom.Button.MOVE_RIGHT])
         assert game.get_doom_skill() == skill
         assert game.get_episode_timeout() == config.max_steps
+        os.environ |= {"WM_ENGINE": vizdoom.exe_path, "WM_GAME": str(os.getpid())}  # to vizdoom.sh
         with contextlib.chdir(self.scratch.name):  # the engine makes a folder where it is started
             game.init()
 

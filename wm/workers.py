@@ -4,8 +4,11 @@ A task is the retryable unit: it builds its own game and its result depends on i
 neither the number of processes nor the death of one changes anything.
 """
 
+import ctypes
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError
@@ -23,6 +26,7 @@ from wm.rollout import RANDOM_POLICIES, Policy, rollout
 
 ATTEMPTS = 3
 SECONDS_TO_END = 30.0  # of a pool that is stopped
+PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 SECONDS_PER_STEP = 0.5  # a game slower than this by far is stuck, and its process is replaced
 
 
@@ -82,7 +86,9 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPool(self.count, context=context, initializer=_one_thread)
+        self.pool = ProcessPool(
+            self.count, context=context, initializer=_begin, initargs=(os.getpid(),)
+        )
         return self
 
     def __exit__(self, *failure: Any) -> None:
@@ -138,5 +144,13 @@ def time_limit(env: EnvConfig, episodes: int) -> float:
     return 60.0 + SECONDS_PER_STEP * env.max_steps * episodes
 
 
-def _one_thread() -> None:
+def _begin(owner: int) -> None:
+    """In a new process: take one core, and end with the owner of the pool.
+
+    Linux sees to that whatever ends the owner, and whatever this process waits for.
+    """
     torch.set_num_threads(1)  # the processes share the cores already
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != owner:  # it has ended already
+            os._exit(1)

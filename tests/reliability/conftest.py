@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,56 @@ def finish(start):
         return process.returncode, output
 
     return run
+
+
+@pytest.fixture(scope="session")
+def wait_until():
+    """wait_until(seen, process): until seen() is true of what a process leaves; what it returns."""
+
+    def wait(seen, process, seconds=300):
+        deadline = time.time() + seconds
+        while not (found := seen()):
+            assert process.poll() is None, process.stdout.read()
+            assert time.time() < deadline
+            time.sleep(0.005)
+        return found
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def alive():
+    """alive(session): the names of the processes of a session that run, by their numbers."""
+
+    def look(session):
+        found = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                name, fields = stat.read_text().split("(", 1)[1].rsplit(")", 1)
+            except OSError:
+                continue  # it ended while we looked
+            state, _, _, its_session, *_ = fields.split()
+            if int(its_session) == session and state != "Z":
+                found[int(stat.parent.name)] = name
+        return found
+
+    return look
+
+
+@pytest.fixture(scope="session")
+def left(alive):
+    """left(session): the names of those that still run after some seconds; then they are killed."""
+
+    def wait(session, seconds=20):
+        deadline = time.time() + seconds
+        while (found := alive(session)) and time.time() < deadline:
+            time.sleep(0.2)
+        for number in found:
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        return list(found.values())
+
+    return wait
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,6 @@
-"""Games in trouble, real ones: an engine that is killed or stopped costs time and nothing else."""
+"""Games in trouble, real ones: an engine that is killed or stopped costs time and nothing else, and
+whoever is killed, no engine stays behind.
+"""
 
 import os
 import signal
@@ -19,17 +21,20 @@ SECONDS = 20.0  # that an episode may take
 
 @dataclass(frozen=True)
 class Saboteur:
-    """A random player who, at its first `times` attempts, sends its game's engine a signal."""
+    """A random player who, at its first `times` attempts, sends its engine or itself a signal."""
 
     number: int
     diary: Path
     times: int = 1
+    victim: str = "engine"
 
     def __call__(self, games):
         with open(self.diary, "a") as file:
             file.write("|")
         if len(self.diary.read_text()) <= self.times:
-            os.kill(engine(os.getpid()), self.number)
+            its = engine(os.getpid())
+            self.diary.with_name("engine").write_text(str(its))
+            os.kill({"engine": its, "worker": os.getpid()}[self.victim], self.number)
         return RandomPlayer("uniform")(games)
 
 
@@ -51,6 +56,30 @@ def test_an_engine_that_is_lost_is_replaced_and_its_episode_has_the_same_return(
     assert outcomes == play(TAKE_COVER, RandomPlayer("uniform"), [3])
     assert len(saboteur.diary.read_text()) == 2  # it did happen
     assert time.monotonic() - started < 4 * SECONDS
+
+
+def test_the_engine_of_a_worker_that_is_killed_ends_with_it(workers, alive, tmp_path):
+    saboteur = Saboteur(signal.SIGKILL, tmp_path / "diary", victim="worker")
+    (outcomes,) = workers.map(partial(play, TAKE_COVER, saboteur), [[3]], SECONDS)
+    assert outcomes == play(TAKE_COVER, RandomPlayer("uniform"), [3])
+    assert int((tmp_path / "engine").read_text()) not in alive(os.getsid(0))
+
+
+@pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGSTOP], ids=["plays", "stopped"])
+def test_where_wm_is_killed_amid_a_game_no_process_is_left(
+    number, start, wait_until, alive, left, tmp_path
+):
+    process = start(tmp_path, "collect", "env=takecover", "collect.episodes=100")
+    wait_until(lambda: list(tmp_path.glob("made/takecover/collect-*/shard-*")), process)
+
+    def engines():
+        return [n for n, name in alive(process.pid).items() if name == "vizdoom"]
+
+    (its,) = wait_until(engines, process)
+    os.kill(its, number)  # stopped, its worker waits for it for ever
+    process.kill()
+    process.wait()
+    assert left(process.pid) == []
 
 
 def test_an_engine_that_is_always_lost_is_given_up_with_its_seed(workers, tmp_path):

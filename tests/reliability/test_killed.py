@@ -2,8 +2,6 @@
 
 import os
 import signal
-import time
-from pathlib import Path
 
 import pytest
 
@@ -31,7 +29,7 @@ def straight(finish, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def killed(start, tmp_path_factory):
+def killed(start, wait_until, left, tmp_path_factory):
     """The folder of a run that was killed in every stage; what was seen after each kill."""
     folder, seen = tmp_path_factory.mktemp("killed"), []
     made = folder / "made" / "tiny"
@@ -44,34 +42,6 @@ def killed(start, tmp_path_factory):
         done = [path.parent.name for path in made.glob(f"{name}-*/{DONE}")]
         seen.append((process.returncode, done, left(process.pid)))
     return made, seen
-
-
-def wait_until(seen, process, seconds=300):
-    deadline = time.time() + seconds
-    while not seen():
-        assert process.poll() is None, process.stdout.read()
-        assert time.time() < deadline
-        time.sleep(0.005)
-
-
-def left(session, seconds=20):
-    """The processes of a session that still run after some seconds."""
-    deadline = time.time() + seconds
-    while (found := alive(session)) and time.time() < deadline:
-        time.sleep(0.2)
-    return found
-
-
-def alive(session):
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue  # it ended while we looked
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
 
 
 def test_a_killed_stage_is_not_done_and_leaves_no_process(killed):
