@@ -1,6 +1,5 @@
 """A run that is killed in one stage after the other ends as one that nothing happened to."""
 
-import os
 import signal
 
 import pytest
@@ -10,14 +9,14 @@ from wm.stages import CHECKPOINTS, DONE
 from wm.tracking import read_metrics
 
 WORDS = ["collect.episodes=40", "memory.steps=300", "controller.generations=4"]
-KILLS = [  # a sign that a stage is at work, and what it gets
-    ("collect-*/shard-*", signal.SIGKILL),  # amid the shards
-    ("vision-*", signal.SIGTERM),  # amid the first epoch
-    (f"memory-*/{CHECKPOINTS}/step=250.ckpt", signal.SIGKILL),  # amid the second epoch
-    (f"controller-*/{CHECKPOINTS}/step=2.ckpt", signal.SIGTERM),  # amid a generation
-    ("evaluate-*", signal.SIGKILL),
+SIGNS = [  # that a stage is at work
+    "collect-*/shard-*",  # amid the shards
+    "vision-*",  # amid the first epoch
+    f"memory-*/{CHECKPOINTS}/step=250.ckpt",  # amid the second epoch
+    f"controller-*/{CHECKPOINTS}/step=2.ckpt",  # amid a generation
+    "evaluate-*",
 ]
-CODES = {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGKILL: -signal.SIGKILL}
+CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM}
 
 
 @pytest.fixture(scope="module")
@@ -28,32 +27,30 @@ def straight(finish, tmp_path_factory):
     return folder / "made" / "tiny"
 
 
-@pytest.fixture(scope="module")
-def killed(start, wait_until, left, tmp_path_factory):
-    """The folder of a run that was killed in every stage; what was seen after each kill."""
-    folder, seen = tmp_path_factory.mktemp("killed"), []
+@pytest.fixture(scope="module", params=[0, 1], ids=["SIGKILL first", "SIGTERM first"])
+def killed(request, tmp_path_factory):
+    """The folder of a run that is killed in every stage in turn, and by which signal in which."""
+    turns = list(CODES)[request.param :] + list(CODES)[: request.param]
+    return tmp_path_factory.mktemp("killed"), dict(zip(SIGNS, turns * len(SIGNS), strict=False))
+
+
+@pytest.mark.parametrize("sign", SIGNS, ids=lambda sign: sign.split("-")[0])
+def test_a_killed_stage_is_not_done_and_leaves_no_process(sign, killed, start, wait_until, left):
+    folder, numbers = killed
     made = folder / "made" / "tiny"
-    for sign, number in KILLS:
-        process = start(folder, "run", *WORDS)
-        wait_until(lambda sign=sign: list(made.glob(sign)), process)
-        os.kill(process.pid, number)
-        process.communicate(timeout=120)  # until its workers, who share its output, are gone too
-        name = sign.split("-")[0]
-        done = [path.parent.name for path in made.glob(f"{name}-*/{DONE}")]
-        seen.append((process.returncode, done, left(process.pid)))
-    return made, seen
-
-
-def test_a_killed_stage_is_not_done_and_leaves_no_process(killed):
-    for (sign, number), (code, done, alone) in zip(KILLS, killed[1], strict=True):
-        assert code == CODES[number], sign
-        assert done == [], sign
-        assert alone == [], sign
+    process = start(folder, "run", *WORDS)
+    wait_until(lambda: list(made.glob(sign)), process)
+    process.send_signal(numbers[sign])
+    process.communicate(timeout=120)  # until its workers, who share its output, are gone too
+    assert process.returncode == CODES[numbers[sign]]
+    assert not list(made.glob(f"{sign.split('-')[0]}-*/{DONE}"))
+    assert left(process.pid) == []
 
 
 def test_after_five_kills_the_same_command_ends_bit_equal(killed, straight, finish):
-    made, _ = killed
-    code, output = finish(made.parents[1], "run", *WORDS)
+    folder, _ = killed
+    made = folder / "made" / "tiny"
+    code, output = finish(folder, "run", *WORDS)
     assert code == 0, output
     (expected,) = straight.glob("collect-0-*")
     shards = {name: h for name, h in hashes(expected).items() if name.startswith("shard")}
