@@ -23,7 +23,7 @@ from wm.data import Latents
 from wm.envs import VALIDATION_SEEDS, as_vector, held_out_seeds, make_env, training_seeds
 from wm.episodes import EpisodeStore
 from wm.evaluate import read_returns
-from wm.files import hashes
+from wm.files import hashes, sha256
 from wm.stages import CHECKPOINTS, DONE
 from wm.worldmodels import bundle, pipeline
 from wm.worldmodels.agent import AgentPlayer
@@ -240,6 +240,31 @@ def test_other_data_make_everything_new_but_the_random_policys_score(change, tin
     before = {stage.label: stage.fingerprint for stage in tiny.graph()}
     after = {stage.label: stage.fingerprint for stage in tiny.graph(change)}
     assert {label for label in before if after[label] == before[label]} == {"baseline"}
+
+
+RESULTS = {  # of stages: what others read or what is reported, apart from times
+    "collect-0": "shard-*/*",
+    "vision-0": "latents/*.npy",
+    "controller-0": "*.safetensors",
+    "baseline": "*.csv",
+    "evaluate": "*.csv",
+}
+
+
+def test_two_processes_make_the_same_as_one(finished, tmp_path):
+    games = ("takecover", "tiny")
+    processes = [start(tmp_path, [*finished[game].words, "trainer.workers=2"]) for game in games]
+    for game, process in zip(games, processes, strict=True):
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+        for label, names in RESULTS.items():
+            folder = finished[game].stage(label).folder
+            made = results(folder, names)
+            assert made and results(tmp_path / "made" / game / folder.name, names) == made, label
+
+
+def results(folder, names):
+    return {str(path.relative_to(folder)): sha256(path) for path in folder.glob(names)}
 
 
 def test_other_mixtures_make_new_folders_for_memory_and_below_only(tiny):
