@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,7 +174,7 @@ def test_a_failing_stage_is_not_done_and_goes_on_where_it_was(first, tracker):
     assert stage.done and stage.work.calls == 2
 
 
-def test_a_second_process_on_a_folder_is_refused_until_the_first_is_gone(first, tracker):
+def test_a_second_process_on_a_folder_is_refused_or_waits(first, tracker, capsys):
     first.folder.mkdir()
     hold = "import sys, filelock; l = filelock.FileLock(sys.argv[1]); l.acquire(); print(); input()"
     command = [sys.executable, "-c", hold, str(first.folder / ".lock")]
@@ -183,6 +184,6 @@ def test_a_second_process_on_a_folder_is_refused_until_the_first_is_gone(first, 
         with pytest.raises(WMError, match="another process is working in"):
             run_stage(first, tracker)
         assert first.work.calls == 0
-        other.kill()
-    run_stage(first, tracker)
-    assert first.done
+        threading.Timer(1, other.kill).start()
+        run_stage(first, tracker, wait=True)
+    assert first.done and "first: waits for another process" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -136,10 +136,17 @@ def _damaged(folder: Path, written: int) -> list[Path]:
     return [path for path, digest in paths.items() if not path.is_file() or sha256(path) != digest]
 
 
-def run_stage(stage: Stage, tracker: Any, command: str = "wm run", repair: bool = False) -> Path:
+def run_stage(
+    stage: Stage,
+    tracker: Any,
+    command: str = "wm run",
+    repair: bool = False,
+    wait: bool = False,
+) -> Path:
     """Do the stage's work unless it is done already; its folder.
 
     repair: look at the hashes of what is done, and make again what is damaged.
+    wait: for another process that works in the folder, which pipelines may share.
 
     Raises:
         WMError: if an input is missing or damaged, or another process works in the folder.
@@ -157,18 +164,27 @@ def run_stage(stage: Stage, tracker: Any, command: str = "wm run", repair: bool 
         if bad := damaged(needed):
             raise WMError(f"{bad[0]} is damaged; `{its_command} --repair` makes it again, the same")
     stage.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(stage.folder / ".lock", timeout=0):
-            if stage.done and not (repair and damaged(stage)):  # by another process, meanwhile
-                return stage.folder
-            if (stage.folder / DONE).is_file():
-                _remove(stage, damaged(stage))
-            (stage.folder / DONE).unlink(missing_ok=True)  # of a result that was damaged since
-            print(f"{stage.label}: in {stage.folder}", flush=True)
-            _work(stage, tracker)
-    except Timeout:
-        raise WMError(f"another process is working in {stage.folder}; wait for it") from None
+    with _locked(stage, wait):
+        if stage.done and not (repair and damaged(stage)):  # by another process, meanwhile
+            return stage.folder
+        if (stage.folder / DONE).is_file():
+            _remove(stage, damaged(stage))
+        (stage.folder / DONE).unlink(missing_ok=True)  # of a result that was damaged since
+        print(f"{stage.label}: in {stage.folder}", flush=True)
+        _work(stage, tracker)
     return stage.folder
+
+
+def _locked(stage: Stage, wait: bool) -> AbstractContextManager:
+    """The lock of a stage's folder, held until its context ends."""
+    lock = FileLock(stage.folder / ".lock")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise WMError(f"another process is working in {stage.folder}; wait for it") from None
+    print(f"{stage.label}: waits for another process, in {stage.folder}", flush=True)
+    return lock.acquire()
 
 
 def _remove(stage: Stage, paths: list[Path]) -> None:

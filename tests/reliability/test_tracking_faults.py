@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -12,8 +10,8 @@ import pytest
 from mlflow import MlflowClient
 
 from wm import WMError
-from wm.server import HASTE
-from wm.stages import Stage
+from wm.server import FINGERPRINT_TAG, HASTE, RECORD
+from wm.stages import METRICS, Stage, read_manifest
 from wm.sync import sync
 from wm.tracking import Tracker, read_metrics
 
@@ -157,32 +155,26 @@ def test_calls_that_take_too_long_in_all_are_the_last(tmp_path, monkeypatch, cap
     check_told_once(f"sqlite:///{tmp_path}/mlflow.db", vision)
 
 
-FOUR = """
-import sys
-from pathlib import Path
-from wm.stages import Stage
-from wm.tracking import Tracker
-
-runs, number = Path(sys.argv[1]), int(sys.argv[2])
-config = {"env": {"name": "tiny"}, "scale": "smoke", "seed": number}
-stage = Stage("vision", 1, {"number": number}, lambda *_: None, runs / "tiny")
-stage.folder.mkdir(parents=True)
-with Tracker(runs, config, f"pipeline {number}") as tracker, tracker.stage(stage) as run:
-    for step in range(50):
-        run.log_metrics({"loss": number + 1.0 / (step + 1)}, step)
-"""
-
-
-def test_four_at_once_on_a_fresh_database(tmp_path, capsys):
-    (tmp_path / "runs").mkdir()
-    command = [sys.executable, "-c", FOUR, str(tmp_path / "runs")]
-    four = [subprocess.Popen([*command, str(n)], stderr=subprocess.PIPE) for n in range(4)]
-    errors = [process.communicate(timeout=300)[1].decode() for process in four]
-    assert [process.returncode for process in four] == [0] * 4, errors
-    assert "does not answer" not in "".join(errors)
-    client = MlflowClient(f"sqlite:///{tmp_path / 'runs'}/mlflow.db")
+def test_four_pipelines_at_once_on_a_fresh_database(start, tmp_path, capsys):
+    """All begin at the same moment, and make the random policy's score, which they share, once."""
+    four = [start(tmp_path, "run", f"seed={seed}") for seed in range(4)]
+    outputs = [process.communicate(timeout=600)[0] for process in four]
+    for process, output in zip(four, outputs, strict=True):
+        assert process.returncode == 0, output
+        assert "does not answer" not in output
+    runs = tmp_path / "made"
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
     experiment = client.get_experiment_by_name("tiny").experiment_id
-    children = [r for r in client.search_runs([experiment]) if r.info.run_name == "vision"]
-    histories = [client.get_metric_history(run.info.run_id, "loss") for run in children]
-    assert [len(history) for history in histories] == [50] * 4
-    assert {int(history[-1].value) for history in histories} == {0, 1, 2, 3}
+    children = {r.data.tags.get(FINGERPRINT_TAG): r for r in client.search_runs([experiment])}
+    folders = [record.parent for record in runs.glob(f"tiny/*/{RECORD}")]
+    assert len(folders) == 4 * 6 + 1
+    for folder in folders:
+        run = children[read_manifest(folder)["fingerprint"]]
+        measured = read_metrics(folder)
+        assert measured and run.info.status == "FINISHED"
+        for name, history in measured.items():
+            points = client.get_metric_history(run.info.run_id, name)
+            assert {point.step: point.value for point in points} == pytest.approx(history)
+            assert len(points) == (folder / METRICS).read_text().count(f'"{name}": ')
+    sync(runs)
+    assert "nothing was missing" in capsys.readouterr().out

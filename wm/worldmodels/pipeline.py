@@ -150,7 +150,7 @@ def run(words: Sequence[str]) -> None:
         print("remains, and after Ctrl-C the same command goes on where it was")
     with open_tracker(config, graph) as tracker:
         for stage in graph:
-            run_stage(stage, tracker, f"wm {stage.name} {' '.join(words)}", repair)
+            run_stage(stage, tracker, f"wm {stage.name} {' '.join(words)}", repair, wait=True)
         tracker.summarise(summary(graph), scored_controller(graph))
     print_results(config, graph)
 
