@@ -17,7 +17,9 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from sqlalchemy.exc import SQLAlchemyError
 
 from wm import WMError
 from wm.config import flat, one_line
@@ -36,12 +38,22 @@ HASTE = {  # of calls to a server; by default a dead one holds up each of them f
 }
 PATIENCE, SHARE = 30.0, 0.1  # seconds, and a share of the time, that MLflow may take in all
 
+FAILURES = (MlflowException, SQLAlchemyError)  # of a server or of a database
+
 T = TypeVar("T")
 
 
 def tracking_uri(runs: Path) -> str:
     """The configured server, or an sqlite file in the runs folder (always absolute)."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs.resolve()}/mlflow.db"
+
+
+def if_damaged(uri: str) -> str:
+    """What to do then about the local database; nothing of a server's."""
+    path = uri.removeprefix("sqlite:///")
+    if path == uri:
+        return ""
+    return f"; if {path} is damaged, move it away: `wm sync` sends everything into a new one"
 
 
 class Server:
@@ -79,7 +91,7 @@ class Server:
         self.answers = False
         print(
             f"MLflow at {self.uri} does not answer ({reason}); the work goes on, its numbers are "
-            "kept here, and `wm sync` sends them later",
+            f"kept here, and `wm sync` sends them later{if_damaged(self.uri)}",
             file=sys.stderr,
             flush=True,
         )

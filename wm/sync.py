@@ -13,16 +13,17 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from mlflow.entities import Metric
-from mlflow.exceptions import MlflowException
 
 from wm import WMError
 from wm.config import flat, one_line
 from wm.files import inside
 from wm.server import (
     AGENT_TAG,
+    FAILURES,
     RECORD,
     RunRecord,
     find_run,
+    if_damaged,
     log_params,
     name_agent,
     new_run,
@@ -52,8 +53,10 @@ def sync(runs: Path) -> None:
             sent += _sync_unlocked(client, runs, folder, parents)
         for folder in folders:  # when all runs are there
             _name_agent(client, folder, parents)
-    except MlflowException as error:
-        raise WMError(f"MLflow at {uri} does not answer ({one_line(error)}); try again") from None
+    except FAILURES as error:
+        raise WMError(
+            f"MLflow at {uri} does not answer ({one_line(error)}); try again{if_damaged(uri)}"
+        ) from None
     print(f"{uri}: {sent} values and files sent" if sent else f"{uri}: nothing was missing")
 
 

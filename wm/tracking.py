@@ -22,7 +22,6 @@ from filelock import FileLock
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from wm import WMError
@@ -30,12 +29,14 @@ from wm.config import one_line
 from wm.files import cannot_write
 from wm.server import (
     AGENT_TAG,
+    FAILURES,
     FINGERPRINT_TAG,
     HASTE,
     PIPELINE_TAG,
     RunRecord,
     Server,
     ServerLogger,
+    if_damaged,
     name_agent,
     open_experiment,
     open_run,
@@ -282,13 +283,13 @@ def download_folder(run_id: str, name: str, runs: Path) -> Path:
         raise WMError(f"no folder is called '{run_id}', and {runs} has no MLflow database")
     for variable, value in HASTE.items():
         os.environ.setdefault(variable, value)
-    client = MlflowClient(tracking_uri(runs))
+    uri = tracking_uri(runs)
     try:
-        return _download(client, run_id, name, runs)
-    except MlflowException as error:
+        return _download(MlflowClient(uri), run_id, name, runs)
+    except FAILURES as error:
         raise WMError(
             f"no folder is called '{run_id}', and MLflow has no such run or does not answer: "
-            f"{one_line(error)}"
+            f"{one_line(error)}{if_damaged(uri)}"
         ) from None
 
 

@@ -1,11 +1,15 @@
-"""MLflow absent, killed, slow or shared by four: the work goes on, and no measurement is lost."""
+"""MLflow absent, killed, slow, damaged or shared by four: the work goes on, and no measurement is
+lost.
+"""
 
 import os
+import shutil
 import signal
 import socket
 import threading
 import time
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 
@@ -13,7 +17,7 @@ from wm import WMError
 from wm.server import FINGERPRINT_TAG, HASTE, RECORD
 from wm.stages import METRICS, Stage, read_manifest
 from wm.sync import sync
-from wm.tracking import Tracker, read_metrics
+from wm.tracking import Tracker, download_folder, read_metrics
 
 CONFIG = {"env": {"name": "tiny"}, "scale": "smoke", "seed": 3}
 
@@ -121,6 +125,31 @@ def test_killed_amid_a_run_and_back_later(tmp_path, free_port, serve, monkeypatc
         sync(tmp_path / "runs")
         assert "nothing was missing" in capsys.readouterr().out.splitlines()[-1]
         check_told_once(uri, vision)
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise"])
+def test_a_damaged_database_is_named_and_what_it_lacks_goes_into_a_new_one(
+    damage, finish, runs, tmp_path, capsys
+):
+    work(runs)
+    whole, runs = (runs / "mlflow.db").read_bytes(), tmp_path / "made"
+    runs.mkdir()
+    half = whole[: len(whole) // 2]
+    noise = np.random.default_rng(0).bytes(len(half))
+    (runs / "mlflow.db").write_bytes({"cut": half, "noise": half[:5000] + noise}[damage])
+    vision, _ = work(runs)
+    advice = f"if {runs}/mlflow.db is damaged, move it away: `wm sync`"
+    assert capsys.readouterr().err.count(advice) == 1
+    assert len(read_metrics(vision.folder)["loss"]) == 10
+    with pytest.raises(WMError, match=advice):
+        sync(runs)
+    with pytest.raises(WMError, match=advice):
+        download_folder("a-run", "agent", runs)
+    (runs / "mlflow.db").rename(tmp_path / "away")
+    code, output = finish(tmp_path, "sync")
+    assert code == 0, output
+    new = shutil.copy(runs / "mlflow.db", tmp_path)  # in this process the old one is still open
+    check_told_once(f"sqlite:///{new}", vision)
 
 
 def test_ten_seconds_for_every_call(tmp_path, monkeypatch):
