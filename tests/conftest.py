@@ -1,12 +1,20 @@
-"""What many tests share: a folder of their own, game processes, a tracker, a full disk."""
+"""What many tests share: a folder of their own, game processes, a tracker, a full disk, and whole
+processes of `wm`.
+"""
 
+import os
 import resource
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 
 import pytest
 
 from wm.tracking import Tracker
 from wm.workers import Workers
+
+SMOKE = ["env=tiny", "scale=smoke", "trainer.workers=1", "runs=made"]
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +65,48 @@ def disk_full():
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return limit
+
+
+@pytest.fixture(scope="session")
+def start():
+    """start(folder, command, *words): `wm` in a process group of its own, its runs in `made`."""
+
+    def begin(folder, command, *words):
+        return subprocess.Popen(
+            [sys.executable, "-m", "wm", command, *SMOKE, *words],
+            cwd=folder,
+            env={key: os.environ[key] for key in os.environ if key != "MLFLOW_TRACKING_URI"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    return begin
+
+
+@pytest.fixture(scope="session")
+def finish(start):
+    """finish(folder, command, *words): the same to its end; its exit code and its output."""
+
+    def run(folder, command, *words):
+        process = start(folder, command, *words)
+        output = process.communicate(timeout=600)[0]
+        return process.returncode, output
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def wait_until():
+    """wait_until(seen, process): until seen() is true of what a process leaves; what it returns."""
+
+    def wait(seen, process, seconds=300):
+        deadline = time.time() + seconds
+        while not (found := seen()):
+            assert process.poll() is None, process.stdout.read()
+            assert time.time() < deadline
+            time.sleep(0.005)
+        return found
+
+    return wait

@@ -2,11 +2,10 @@
 
 import os
 import time
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import pytest
+from saboteur import Saboteur
 
 from wm import WMError
 from wm.envs import EnvConfig
@@ -17,22 +16,8 @@ TINY = EnvConfig("tiny", max_steps=60)
 SEEDS = range(20, 26)
 
 
-@dataclass(frozen=True)
-class Troubled:
-    """A random player who meets with trouble at its first `times` attempts."""
-
-    trouble: str
-    diary: Path
-    times: int = 1
-
-    def __call__(self, game):
-        with open(self.diary, "a") as file:
-            file.write("|")
-        if len(self.diary.read_text()) <= self.times:
-            {"dies": partial(os._exit, 1), "hangs": partial(time.sleep, 3600), "errs": err}[
-                self.trouble
-            ]()
-        return RandomPlayer("uniform")(game)
+def die():
+    os._exit(1)
 
 
 def err():
@@ -58,27 +43,27 @@ def test_the_same_outcomes_on_no_one_and_two_processes(config, one_worker, worke
     assert len({outcome.steps for outcome in here}) > 1 or config.name == "takecover"
 
 
-@pytest.mark.parametrize("trouble", ["dies", "hangs"])
-def test_a_process_that_dies_or_hangs_is_replaced_and_nothing_changes(trouble, workers, tmp_path):
-    player = Troubled(trouble, tmp_path / "diary", times=1)
+@pytest.mark.parametrize("harm", [die, partial(time.sleep, 3600)], ids=["dies", "hangs"])
+def test_a_process_that_dies_or_hangs_is_replaced_and_nothing_changes(harm, workers, tmp_path):
+    player = Saboteur(harm, tmp_path / "diary")
     chunks = [[1, 2], [3], [4, 5]]
     played = list(workers.map(partial(play, TINY, player), chunks, timeout=3.0))
     assert played == [play(TINY, RandomPlayer("uniform"), chunk) for chunk in chunks]
-    assert len(player.diary.read_text()) > len(chunks)  # it did happen
+    assert player.attempts > len(chunks)  # it did happen
 
 
 def test_a_game_that_always_dies_is_given_up_and_named(workers, tmp_path):
-    player = Troubled("dies", tmp_path / "diary", times=10**6)
+    player = Saboteur(die, tmp_path / "diary", times=10**6)
     with pytest.raises(WMError, match=rf"failed {ATTEMPTS} times at \[41, 42\]"):
         list(workers.map(partial(play, TINY, player), [[41, 42]], timeout=3.0))
-    assert len(player.diary.read_text()) == ATTEMPTS
+    assert player.attempts == ATTEMPTS
 
 
 def test_an_error_of_the_players_own_is_passed_on_and_not_retried(workers, tmp_path):
-    player = Troubled("errs", tmp_path / "diary", times=10**6)
+    player = Saboteur(err, tmp_path / "diary", times=10**6)
     with pytest.raises(WMError, match="no such weights"):
         list(workers.map(partial(play, TINY, player), [[1]], timeout=3.0))
-    assert len(player.diary.read_text()) == 1
+    assert player.attempts == 1
 
 
 def test_a_player_who_never_looks_has_the_same_return_from_a_game_that_draws_nothing(monkeypatch):

@@ -1,4 +1,4 @@
-"""Real processes of `wm` and of MLflow's server, started and killed."""
+"""What is left of a session, and MLflow's server."""
 
 import http.client
 import os
@@ -11,53 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-
-SMOKE = ["env=tiny", "scale=smoke", "trainer.workers=1", "runs=made"]
-
-
-@pytest.fixture(scope="session")
-def start():
-    """start(folder, command, *words): `wm` in a process group of its own, its runs in `made`."""
-
-    def begin(folder, command, *words):
-        return subprocess.Popen(
-            [sys.executable, "-m", "wm", command, *SMOKE, *words],
-            cwd=folder,
-            env={key: os.environ[key] for key in os.environ if key != "MLFLOW_TRACKING_URI"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    return begin
-
-
-@pytest.fixture(scope="session")
-def finish(start):
-    """finish(folder, command, *words): the same to its end; its exit code and its output."""
-
-    def run(folder, command, *words):
-        process = start(folder, command, *words)
-        output = process.communicate(timeout=600)[0]
-        return process.returncode, output
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def wait_until():
-    """wait_until(seen, process): until seen() is true of what a process leaves; what it returns."""
-
-    def wait(seen, process, seconds=300):
-        deadline = time.time() + seconds
-        while not (found := seen()):
-            assert process.poll() is None, process.stdout.read()
-            assert time.time() < deadline
-            time.sleep(0.005)
-        return found
-
-    return wait
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,11 @@ whoever is killed, no engine stays behind.
 import os
 import signal
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
+from saboteur import Saboteur
 
 from wm import WMError
 from wm.envs import EnvConfig
@@ -17,25 +17,6 @@ from wm.workers import RandomPlayer, play
 
 TAKE_COVER = EnvConfig("takecover", max_steps=40)
 SECONDS = 20.0  # that an episode may take
-
-
-@dataclass(frozen=True)
-class Saboteur:
-    """A random player who, at its first `times` attempts, sends its engine or itself a signal."""
-
-    number: int
-    diary: Path
-    times: int = 1
-    victim: str = "engine"
-
-    def __call__(self, games):
-        with open(self.diary, "a") as file:
-            file.write("|")
-        if len(self.diary.read_text()) <= self.times:
-            its = engine(os.getpid())
-            self.diary.with_name("engine").write_text(str(its))
-            os.kill({"engine": its, "worker": os.getpid()}[self.victim], self.number)
-        return RandomPlayer("uniform")(games)
 
 
 def engine(parent):
@@ -47,19 +28,30 @@ def engine(parent):
     raise AssertionError("there is no engine")
 
 
+def strike(number):
+    os.kill(engine(os.getpid()), number)
+
+
+def fall(note):
+    """Leave the number of the engine, and be killed."""
+    note.write_text(str(engine(os.getpid())))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_an_engine_that_is_lost_is_replaced_and_its_episode_has_the_same_return(
     number, workers, tmp_path
 ):
-    saboteur, started = Saboteur(number, tmp_path / "diary"), time.monotonic()
+    saboteur = Saboteur(partial(strike, number), tmp_path / "diary")
+    started = time.monotonic()
     (outcomes,) = workers.map(partial(play, TAKE_COVER, saboteur), [[3]], SECONDS)
     assert outcomes == play(TAKE_COVER, RandomPlayer("uniform"), [3])
-    assert len(saboteur.diary.read_text()) == 2  # it did happen
+    assert saboteur.attempts == 2  # it did happen
     assert time.monotonic() - started < 4 * SECONDS
 
 
 def test_the_engine_of_a_worker_that_is_killed_ends_with_it(workers, alive, tmp_path):
-    saboteur = Saboteur(signal.SIGKILL, tmp_path / "diary", victim="worker")
+    saboteur = Saboteur(partial(fall, tmp_path / "engine"), tmp_path / "diary")
     (outcomes,) = workers.map(partial(play, TAKE_COVER, saboteur), [[3]], SECONDS)
     assert outcomes == play(TAKE_COVER, RandomPlayer("uniform"), [3])
     assert int((tmp_path / "engine").read_text()) not in alive(os.getsid(0))
@@ -83,6 +75,6 @@ def test_where_wm_is_killed_amid_a_game_no_process_is_left(
 
 
 def test_an_engine_that_is_always_lost_is_given_up_with_its_seed(workers, tmp_path):
-    saboteur = Saboteur(signal.SIGKILL, tmp_path / "diary", times=99)
+    saboteur = Saboteur(partial(strike, signal.SIGKILL), tmp_path / "diary", times=99)
     with pytest.raises(WMError, match=r"a game failed 3 times at \[3\]"):
         list(workers.map(partial(play, TAKE_COVER, saboteur), [[3]], SECONDS))

@@ -3,9 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -62,25 +59,12 @@ def find_parent(runs, graph):
     return client, run
 
 
-def start(folder, words):
-    """`wm run` in a process group of its own, with its runs in the folder `made`."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "wm", "run", *words, "runs=made"],
-        cwd=folder,
-        env={key: os.environ[key] for key in os.environ if key != "MLFLOW_TRACKING_URI"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(start, tmp_path_factory):
     """The three games' pipelines; they run side by side, since most of a run is imports."""
     words = {game: [f"env={game}", *SMOKE] for game in GAMES} | {"tiny": TINY}
     folders = {game: tmp_path_factory.mktemp(game) for game in GAMES}
-    processes = {game: start(folders[game], words[game]) for game in GAMES}
+    processes = {game: start(folders[game], "run", *words[game]) for game in GAMES}
     outputs = {game: process.communicate()[0] for game, process in processes.items()}
     for game, process in processes.items():
         assert process.returncode == 0, outputs[game]
@@ -251,9 +235,11 @@ RESULTS = {  # of stages: what others read or what is reported, apart from times
 }
 
 
-def test_two_processes_make_the_same_as_one(finished, tmp_path):
+def test_two_processes_make_the_same_as_one(finished, start, tmp_path):
     games = ("takecover", "tiny")
-    processes = [start(tmp_path, [*finished[game].words, "trainer.workers=2"]) for game in games]
+    processes = [
+        start(tmp_path, "run", *finished[game].words, "trainer.workers=2") for game in games
+    ]
     for game, process in zip(games, processes, strict=True):
         output = process.communicate()[0]
         assert process.returncode == 0, output
@@ -316,15 +302,6 @@ def test_an_agent_is_scored_by_the_id_of_its_run(tiny, capsys):
     assert client.get_run(parent.info.run_id).info.status == "FINISHED"
 
 
-def wait_until(seen, process, seconds=120):
-    """Wait for what a process leaves; a process that ends before is a failure."""
-    deadline = time.time() + seconds
-    while not seen():
-        assert process.poll() is None, process.stdout.read()
-        assert time.time() < deadline
-        time.sleep(0.01)
-
-
 @dataclass(frozen=True)
 class Interrupted:
     """A run that got a SIGTERM in vision, and then, repeated, a SIGKILL in the controller."""
@@ -337,7 +314,7 @@ class Interrupted:
 
 
 @pytest.fixture(scope="module")
-def interrupted(tmp_path_factory):
+def interrupted(start, wait_until, tmp_path_factory):
     folder = tmp_path_factory.mktemp("interrupted")
     made = folder / "made" / "tiny"
     graph = stages(load(Config, [*TINY, f"runs={folder / 'made'}"]))
@@ -345,14 +322,14 @@ def interrupted(tmp_path_factory):
     def done():
         return sorted(path.parent.name.rsplit("-", 1)[0] for path in made.glob(f"*/{DONE}"))
 
-    process = start(folder, TINY)
+    process = start(folder, "run", *TINY)
     wait_until(lambda: list(made.glob("vision-*")), process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     terminated, done_when_terminated = process.returncode, done()
     _, parent = find_parent(folder / "made", graph)
 
-    process = start(folder, TINY)
+    process = start(folder, "run", *TINY)
     step = f"controller-*/{CHECKPOINTS}/step=2.ckpt"
     wait_until(lambda: list(made.glob(step)), process)
     process.kill()
