@@ -137,7 +137,7 @@ def test_what_another_process_has_finished_meanwhile_is_left_as_it_is(
     run_stage(first, tracker)
     looks = []
 
-    def look(stage):  # takes so long that another process finishes what waits for it
+    def look(stage, names):  # takes so long that another process finishes what waits for it
         if not looks:
             looks.append(stage)
             run_stage(second, tracker)
@@ -146,6 +146,18 @@ def test_what_another_process_has_finished_meanwhile_is_left_as_it_is(
     monkeypatch.setattr("wm.stages.damaged", look)
     run_stage(second, tracker)
     assert looks == [first] and second.work.calls == 1 and second.done
+
+
+def test_only_what_a_stage_reads_of_its_inputs_must_be_undamaged(first, second, tracker):
+    run_stage(first, tracker)
+    path = first.folder / "deep" / "output"
+    path.write_text(path.read_text().swapcase())  # as long as before
+    with pytest.raises(WMError, match="output is damaged"):
+        run_stage(second, tracker)
+    with pytest.raises(WMError, match="output is damaged"):
+        run_stage(replace(second, reads=("*put",)), tracker)
+    run_stage(replace(second, reads=(METRICS,)), tracker)
+    assert second.done
 
 
 def test_a_stage_that_is_made_again_and_fails_is_not_done(first, tracker):

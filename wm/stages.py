@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class Stage:
         work: makes the outputs in a folder, work(folder, {role: input folder}, run), and returns
             facts for the record, numbers by name.
         root: where the folders of all stages lie.
+        reads: the files of its inputs that it reads, as patterns of their names.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Stage:
     root: Path
     inputs: Mapping[str, "Stage"] = field(default_factory=dict)
     round: int | None = None
+    reads: tuple[str, ...] = ("*",)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -121,18 +124,19 @@ def _all_there(folder: Path, manifest: Mapping[str, Any]) -> bool:
     return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
 
-def damaged(stage: Stage) -> list[Path]:
-    """The outputs of a finished stage that have not the hash they had when it finished."""
-    return _damaged(stage.folder, (stage.folder / DONE).stat().st_mtime_ns)
+def damaged(stage: Stage, names: tuple[str, ...] = ("*",)) -> list[Path]:
+    """The outputs of a finished stage, of such names, that have not the hash they had then."""
+    return _damaged(stage.folder, (stage.folder / DONE).stat().st_mtime_ns, names)
 
 
 @cache
-def _damaged(folder: Path, written: int) -> list[Path]:
+def _damaged(folder: Path, written: int, names: tuple[str, ...]) -> list[Path]:
     """Every command reads what it builds on once from end to end; `written` tells one making of a
     stage from the next.
     """
     files = read_manifest(folder)["files"].items()
-    paths = {inside(folder, name): entry["sha256"] for name, entry in files}
+    read = [(name, entry) for name, entry in files if any(fnmatch(name, n) for n in names)]
+    paths = {inside(folder, name): entry["sha256"] for name, entry in read}
     return [path for path, digest in paths.items() if not path.is_file() or sha256(path) != digest]
 
 
@@ -161,7 +165,7 @@ def run_stage(
             raise WMError(
                 f"{stage.label} needs {needed.label}, which is not there; `{its_command}` makes it"
             )
-        if bad := damaged(needed):
+        if bad := damaged(needed, stage.reads):
             raise WMError(f"{bad[0]} is damaged; `{its_command} --repair` makes it again, the same")
     stage.folder.mkdir(parents=True, exist_ok=True)
     with _locked(stage, wait):

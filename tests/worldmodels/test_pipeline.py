@@ -2,10 +2,12 @@
 
 import os
 import re
+import shutil
 import signal
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +24,8 @@ from wm.episodes import EpisodeStore
 from wm.evaluate import read_returns
 from wm.files import hashes, sha256
 from wm.stages import CHECKPOINTS, DONE
-from wm.worldmodels import bundle, pipeline
+from wm.training import TrainerConfig
+from wm.worldmodels import bundle, pipeline, report
 from wm.worldmodels.agent import AgentPlayer
 from wm.worldmodels.pipeline import Config, stages
 from wm.worldmodels.work import generation_seeds
@@ -130,6 +133,21 @@ def test_the_report_shows_the_score_and_refers_to_no_other_file(game, finished):
     assert "url(" not in page and "@import" not in page and "<script" not in page
     facts = run.stage("evaluate").record["facts"]
     assert f"{facts['eval/mean']:.1f} ± {facts['eval/std']:.1f}" in page
+
+
+def test_the_report_reads_what_it_is_said_to_read_and_nothing_else(tiny, tmp_path):
+    stage, inputs = tiny.stage("report"), {}
+    for label, needed in stage.inputs.items():
+        inputs[label] = tmp_path / label
+        inputs[label].mkdir()
+        for name in (DONE, *stage.reads):
+            if (needed.folder / name).is_file():
+                shutil.copy(needed.folder / name, inputs[label])
+    assert not list(tmp_path.rglob("*.npy")) and not list(tmp_path.rglob("*.safetensors"))
+    run = SimpleNamespace(log_file=lambda path: None)
+    report.write_report(tmp_path, inputs, run, TrainerConfig(), config=stage.config["config"])
+    name = "report.html"
+    assert (tmp_path / name).read_bytes() == (stage.folder / name).read_bytes()
 
 
 @each_game

@@ -100,8 +100,9 @@ def stages(config: Config) -> list[Stage]:
     judged = every if config.controller.keep == "best" else C
     graph.append(make("evaluate", work.evaluate_agent, judged, evaluation))
     everything = {stage.label: stage for stage in graph}
-    graph.append(make("report", report.write_report, everything, {"config": result_config(config)}))
-    return graph
+    shown = {"config": result_config(config)}
+    page = make("report", report.write_report, everything, shown)
+    return [*graph, replace(page, reads=report.READS)]
 
 
 def without_later(config: Config) -> Config:

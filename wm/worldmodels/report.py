@@ -47,6 +47,8 @@ PICTURES = {
     "evolution.png": "Evolution: the dream's fitness and the real game's",
     "filmstrip.png": "A held-out episode: real, seen, and dreamt from the same frame and actions",
 }
+VIDEO, RETURNS = "episode.mp4", "episodes.csv"
+READS = (*PICTURES, VIDEO, RETURNS)  # of the stages' files, beside their manifests
 
 PAGE = Environment(autoescape=True).from_string(
     """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
@@ -100,7 +102,7 @@ def write_report(
         scores=[*published(config), *measured(config, records, inputs)],
         times=times(records, cost),
         pictures=list(_pictures(inputs)),
-        video=_embed(inputs["evaluate"] / "episode.mp4"),
+        video=_embed(inputs["evaluate"] / VIDEO),
         config=json.dumps(config, indent=1),
         versions=json.dumps(records["evaluate"]["versions"], indent=1),
     )
@@ -137,7 +139,7 @@ def measured(
                 "where": place,
                 "score": f"{facts[f'{prefix}/mean']:.1f} ± {facts[f'{prefix}/std']:.1f}",
                 "interval": f"[{low:.1f}, {high:.1f}]",
-                "episodes": len(read_returns(inputs[label] / "episodes.csv")),
+                "episodes": len(read_returns(inputs[label] / RETURNS)),
             }
         )
     return rows
