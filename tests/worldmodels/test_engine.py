@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from wm.worldmodels.engine import Noise, dream_step, fused_step, join_weights
 from wm.worldmodels.latent import FEATURES
@@ -102,3 +103,14 @@ for _ in range(2):
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **nowhere})
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("dreams are not compiled, which is slower") == 1
+
+
+@CELLS
+@pytest.mark.parametrize("heads", [True, False])
+def test_a_step_is_made_where_m_is(situation, cell, heads):
+    memory, *given = situation(cell=cell, reward_head=heads, end_head=heads)
+    now, noise, index = tree_map(lambda tensor: tensor.to("meta"), given)
+    weights = join_weights(memory.to("meta"), torch.bfloat16)
+    temperature = torch.tensor(1.0, device="meta")
+    made = dream_step(weights, 3, FEATURES["zh"], temperature, *now, noise, index)
+    assert all(tensor.is_meta for tensor in tree_leaves(made))

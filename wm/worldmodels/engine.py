@@ -50,10 +50,10 @@ def join_weights(memory: MDNRNN, dtype: torch.dtype, survival: float = 1.0) -> W
         inputs = F.pad(inputs, (0, 0, 0, H))
         hidden = torch.cat([hidden[: 2 * H], torch.zeros_like(hidden[:H]), hidden[2 * H :]])
         bias = torch.cat([bias[: 2 * H], rnn.bias_ih_l0[2 * H :], rnn.bias_hh_l0[2 * H :]])
-    silent = torch.zeros(1, memory.config.hidden)
     heads = [(memory.mixture_head.weight, memory.mixture_head.bias)]
+    silent = bias.new_zeros(1, memory.config.hidden)
     for head, otherwise in ((memory.reward_head, survival), (memory.end_head, -torch.inf)):
-        absent = silent, torch.tensor([float(otherwise)])
+        absent = silent, bias.new_tensor([otherwise])
         heads.append(absent if head is None else (head.weight, head.bias))
     matrices, biases = zip(*heads, strict=True)
     joined = torch.cat([inputs, hidden], dim=1), bias, torch.cat(matrices), torch.cat(biases)
