@@ -32,6 +32,18 @@ def own_folder(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture
+def as_rank(monkeypatch):
+    """as_rank(rank, ranks): from now on this process is one of several, as torchrun says it."""
+
+    def be(rank, ranks):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+
+    return be
+
+
 @pytest.fixture(scope="session")
 def workers():
     """Two game processes for all tests: their imports take longer than the games."""

@@ -94,4 +94,23 @@ def test_what_is_there_needs_no_disk(workers, tmp_path, capsys, monkeypatch):
     endless = EnvConfig("tiny", max_steps=10**15)
     capsys.readouterr()
     collect(endless, PLAYER, seeds, tmp_path, workers)
-    assert "collect: 0 episodes" in capsys.readouterr().out
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_ranks_shards_are_those_of_one_process_and_the_leader_plays_a_lost_ones(
+    lost, workers, tmp_path, as_rank
+):
+    collect(TINY, PLAYER, SEEDS, tmp_path / "one", workers)
+    if not lost:
+        as_rank(1, 2)
+        collect(TINY, PLAYER, SEEDS, tmp_path / "two", workers)
+        assert [path.name for path in (tmp_path / "two").glob("shard-*")] == ["shard-0000000034"]
+    as_rank(0, 2)
+    collect(TINY, PLAYER, SEEDS, tmp_path / "two", workers)
+    one, two = (hashes(tmp_path / folder) for folder in ("one", "two"))
+    assert shards(one) == shards(two)
+
+
+def shards(hashes):
+    return {name: digest for name, digest in hashes.items() if name.startswith("shard")}

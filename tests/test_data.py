@@ -40,16 +40,17 @@ def store(folder):
 
 @pytest.fixture(scope="module")
 def sequences(folder, store):
-    def make(episodes=ALL, batch=16, seed=0):
-        return Sequences(store, Latents(folder), np.array(episodes), batch, LENGTH, seed)
+    def make(episodes=ALL, batch=16, seed=0, **options):
+        settings = (batch, LENGTH, seed)
+        return Sequences(store, Latents(folder), np.array(episodes), *settings, **options)
 
     return make
 
 
 @pytest.fixture(scope="module")
 def frames(store):
-    def make(episodes=ALL, batch=16, seed=0):
-        return Frames(store, np.array(episodes), batch, seed)
+    def make(episodes=ALL, batch=16, seed=0, **options):
+        return Frames(store, np.array(episodes), batch, seed, **options)
 
     return make
 
@@ -182,3 +183,20 @@ def test_training_and_validation_share_no_episode(kind, folder, store):
     validation = set.union(*map(seen, data.validation))
     assert training | validation == set(ALL)
     assert not training & validation
+
+
+@pytest.mark.parametrize("kind", ["frames", "sequences"])
+def test_the_ranks_batches_together_are_that_of_one_process(kind, folder, store, as_rank):
+    def first_batch():
+        if kind == "frames":
+            return frames_data(store, config, 0, 10).make_batch(3)
+        return tuple(sequences_data(store, Latents(folder), config, 0, 10).make_batch(3).values())
+
+    config, parts = SimpleNamespace(batch=6, length=LENGTH, steps=10), []
+    whole = first_batch()
+    for rank in range(3):
+        as_rank(rank, 3)
+        parts.append(first_batch())
+    for expected, *pieces in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat(pieces), expected)
+        assert {len(piece) for piece in pieces} == {2}

@@ -77,7 +77,7 @@ def test_the_variances_of_both_levels_add_up():
 
 
 def test_every_held_out_seed_is_played_exactly_once_and_kept(workers, tmp_path):
-    outcomes = play_held_out(TINY, RandomPlayer("uniform"), 7, workers, "random")
+    outcomes = play_held_out(TINY, RandomPlayer("uniform"), 7, workers, "random", tmp_path)
     assert [outcome.seed for outcome in outcomes] == list(held_out_seeds(7))
     assert outcomes == play(TINY, RandomPlayer("uniform"), held_out_seeds(7))
     path = tmp_path / "episodes.csv"
@@ -90,14 +90,30 @@ def test_every_held_out_seed_is_played_exactly_once_and_kept(workers, tmp_path):
     assert [*map(int, steps)] == [outcome.steps for outcome in outcomes]
 
 
-def test_scores_are_taken_in_the_official_game():
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_leader_has_every_ranks_outcomes_and_plays_those_of_a_lost_one(
+    lost, workers, tmp_path, as_rank
+):
+    others = play(TINY, RandomPlayer("uniform"), held_out_seeds(7)[1::2])
+    if not lost:
+        as_rank(1, 2)
+        given = play_held_out(TINY, RandomPlayer("uniform"), 7, workers, "random", tmp_path)
+        assert given == others
+    as_rank(0, 2)
+    outcomes = play_held_out(TINY, RandomPlayer("uniform"), 7, workers, "random", tmp_path)
+    assert outcomes == play(TINY, RandomPlayer("uniform"), held_out_seeds(7))
+    assert not list(tmp_path.glob(".*.csv"))
+
+
+def test_scores_are_taken_in_the_official_game(tmp_path):
     class Spy:
         def play(self, env, player, seeds):
             self.env = env
             return iter([])
 
     spy = Spy()
-    play_held_out(EnvConfig("carracing", crop=12), RandomPlayer("uniform"), 2, spy, "random")
+    race = EnvConfig("carracing", crop=12)
+    play_held_out(race, RandomPlayer("uniform"), 2, spy, "random", tmp_path)
     assert spy.env == EnvConfig("carracing", crop=12, fast_drawing=False)
 
 

@@ -20,7 +20,7 @@ from wm.training import (
     TrainerConfig,
     fit,
     newest_checkpoint,
-    noise_generator,
+    step_noise,
 )
 
 STEPS, EPOCH = 17, 5  # the last epoch is a short one
@@ -44,7 +44,7 @@ class LinearRegression(L.LightningModule):
         if self.global_step == self.stop_at:
             raise self.stop
         self.seen.append(self.global_step)
-        noise = torch.randn(batch.shape, generator=noise_generator(0, self.global_step, "cpu"))
+        noise = step_noise(0, self.global_step, batch.shape, batch.device)
         loss = (self.line(batch + 0.1 * noise) - 2 * batch).square().mean()
         self.log("loss", loss)
         return loss * self.loss_at.get(self.global_step, 1.0)
@@ -222,11 +222,20 @@ def test_a_removed_checkpoint_takes_its_hash_along(tmp_path):
 
 def test_noise_depends_on_seed_and_step_alone():
     def draw(seed, step):
-        return torch.rand(3, generator=noise_generator(seed, step, torch.device("cpu"))).tolist()
+        return step_noise(seed, step, [3], torch.device("cpu")).tolist()
 
     torch.rand(5)
     assert draw(1, 2) == draw(1, 2)
     assert len({tuple(draw(seed, step)) for seed in range(4) for step in range(50)}) == 200
+
+
+def test_the_ranks_noise_is_that_of_one_process(as_rank):
+    whole = step_noise(1, 2, (6, 4), torch.device("cpu"))
+    parts = []
+    for rank in range(3):
+        as_rank(rank, 3)
+        parts.append(step_noise(1, 2, (2, 4), torch.device("cpu")))
+    assert torch.equal(torch.cat(parts), whole)
 
 
 FAULTS = """

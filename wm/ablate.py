@@ -118,6 +118,8 @@ def make_plan(family: Family, words: Sequence[str]) -> Plan:
     if options.publish and len(grid.seeds) < LEAST_SEEDS:
         raise ConfigError(f"what is published needs {LEAST_SEEDS} training seeds at least")
     options = replace(options, jobs=Workers(options.jobs).count)
+    if base.trainer.devices * base.trainer.num_nodes > 1:
+        raise ConfigError("the stages of a grid run on one device each, side by side: jobs=N")
     command = f"wm ablate {shlex.join(words)}"
     trials = make_trials(family, grid, others, options.jobs)
     return Plan(grid, trials, base, options, source, command)

@@ -16,6 +16,7 @@ from wm.config import bounded
 from wm.envpool import EnvPoolGames
 from wm.envs import FRAME, EnvConfig, as_vector, make_env
 from wm.episodes import Episode, Recorder, Shard, write_shard
+from wm.ranks import leads, shares
 from wm.rollout import rollout
 from wm.workers import Player, Workers, time_limit
 
@@ -91,20 +92,32 @@ def collect(
 ) -> None:
     """Fill `folder` with one shard per SHARD_EPISODES seeds; sound ones that exist are kept.
 
+    A rank that does not lead leaves when its share is there.
+
     Raises:
         WMError: if the disk cannot hold the estimate, or a game fails again and again.
     """
-    for cut in folder.glob(".shard-*"):  # by a process that was killed
-        shutil.rmtree(cut, ignore_errors=True)
     chunks = [seeds[i : i + SHARD_EPISODES] for i in range(0, len(seeds), SHARD_EPISODES)]
-    missing = [chunk for chunk in chunks if not _is_there(folder, chunk)]
-    _check_disk(env, sum(map(len, missing)), folder)
     task = partial(record_shard, env, player, config or CollectConfig(), folder)
-    shards = workers.map(task, missing, time_limit(env, SHARD_EPISODES))
-    kept = (len(chunks) - len(missing)) * SHARD_EPISODES
-    with tqdm(total=len(seeds), initial=kept, desc="collect", unit="episode") as progress:
-        for chunk, _ in zip(missing, shards, strict=True):
-            progress.update(len(chunk))
+    for _, share in shares(folder, chunks):
+        _remove_cut(folder, share)
+        missing = [chunk for chunk in share if not _is_there(folder, chunk)]
+        if not missing:
+            continue
+        _check_disk(env, sum(map(len, missing)), folder)
+        shards = workers.map(task, missing, time_limit(env, SHARD_EPISODES))
+        count, kept = sum(map(len, share)), (len(share) - len(missing)) * SHARD_EPISODES
+        with tqdm(None, "collect", count, initial=kept, unit="episode", disable=not leads()) as bar:
+            for chunk, _ in zip(missing, shards, strict=True):
+                bar.update(len(chunk))
+
+
+def _remove_cut(folder: Path, chunks: Sequence[Sequence[int]]) -> None:
+    """Remove what a process that was killed has begun of these shards."""
+    names = {f".{shard_folder(folder, chunk).name}" for chunk in chunks}
+    for cut in folder.glob(".shard-*"):
+        if cut.stem in names:
+            shutil.rmtree(cut, ignore_errors=True)
 
 
 def _is_there(folder: Path, seeds: Sequence[int]) -> bool:

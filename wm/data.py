@@ -13,10 +13,12 @@ import torch
 from wm import WMError
 from wm.episodes import EpisodeStore
 from wm.files import read_array
+from wm.ranks import rows
 from wm.training import StepsData
 
 VALIDATION_FRAMES = 1000
 VALIDATION_SEGMENTS = 128
+ALL = slice(None)
 
 
 def batch_generator(seed: int, step: int) -> np.random.Generator:
@@ -24,10 +26,20 @@ def batch_generator(seed: int, step: int) -> np.random.Generator:
 
 
 class Frames:
-    """Random frames of some episodes and the frames before them, uint8 [B,64,64,3] each."""
+    """Random frames of some episodes and the frames before them, uint8 [B,64,64,3] each.
 
-    def __init__(self, store: EpisodeStore, episodes: np.ndarray, batch: int, seed: int):
-        self.store, self.batch, self.seed = store, batch, seed
+    mine: of a batch's rows, those that are read.
+    """
+
+    def __init__(
+        self,
+        store: EpisodeStore,
+        episodes: np.ndarray,
+        batch: int,
+        seed: int,
+        mine: slice = ALL,
+    ):
+        self.store, self.batch, self.seed, self.mine = store, batch, seed, mine
         self.first, self.count = store.first_frame[episodes], store.steps[episodes] + 1
         self.ends = np.cumsum(self.count)
 
@@ -38,7 +50,7 @@ class Frames:
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         positions = batch_generator(self.seed, step).integers(self.ends[-1], size=self.batch)
-        return self._gather(self.numbers(positions))
+        return self._gather(self.numbers(positions[self.mine]))
 
     def evenly(self, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of about `count` frames spread evenly over the episodes."""
@@ -72,6 +84,8 @@ class Sequences:
 
     A batch holds mean and log_variance [B,T+1,Z], action [B,T,A], reward, end and mask [B,T]. A
     segment never crosses an episode's end; shorter episodes are padded and masked.
+
+    mine: of a batch's segments, those that are read.
     """
 
     def __init__(
@@ -82,15 +96,17 @@ class Sequences:
         batch: int,
         length: int,
         seed: int,
+        mine: slice = ALL,
     ):
         self.store, self.latents, self.episodes = store, latents, episodes
-        self.batch, self.length, self.seed = batch, length, seed
+        self.batch, self.length, self.seed, self.mine = batch, length, seed, mine
         self.share = store.steps[episodes] / store.steps[episodes].sum()
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
         generator = batch_generator(self.seed, step)
         chosen = generator.choice(self.episodes, size=self.batch, p=self.share)
-        return self._batch([self._segment(episode, generator) for episode in chosen])
+        segments = [self._segment(episode, generator) for episode in chosen]  # nothing is read yet
+        return self._batch(segments[self.mine])
 
     def fixed(self, count: int) -> list[dict[str, torch.Tensor]]:
         """Batches of `count` segments, the same at every call."""
@@ -130,7 +146,7 @@ class Sequences:
 def frames_data(store: EpisodeStore, config: Any, seed: int, epoch_steps: int) -> StepsData:
     """V's data; config is a VisionConfig (batch, steps)."""
     train, validation = store.split()
-    make_batch = Frames(store, train, config.batch, seed)
+    make_batch = Frames(store, train, config.batch, seed, rows(config.batch))
     looked_at = Frames(store, validation, config.batch, seed).evenly(VALIDATION_FRAMES)
     return StepsData(make_batch, looked_at, config.steps, epoch_steps)
 
@@ -140,7 +156,7 @@ def sequences_data(
 ) -> StepsData:
     """M's data; config is a MemoryConfig (batch, length, steps)."""
     train, validation = store.split()
-    make_batch = Sequences(store, latents, train, config.batch, config.length, seed)
-    held_back = Sequences(store, latents, validation, config.batch, config.length, seed)
-    fixed = held_back.fixed(VALIDATION_SEGMENTS)
+    sizes = config.batch, config.length, seed
+    make_batch = Sequences(store, latents, train, *sizes, rows(config.batch))
+    fixed = Sequences(store, latents, validation, *sizes).fixed(VALIDATION_SEGMENTS)
     return StepsData(make_batch, fixed, config.steps, epoch_steps)

@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from wm import WMError
 from wm.config import bounded, later, one_line
 from wm.envs import ElsewhereConfig, EnvConfig, held_out_seeds
 from wm.files import write_atomically
+from wm.ranks import leads, shares
 from wm.workers import Outcome, Player, Workers
 from wm.worlds import ORDINARY, World
 
@@ -81,12 +83,24 @@ def score_of_seeds(returns: Sequence[Sequence[float]]) -> Score:
 
 
 def play_held_out(
-    env: EnvConfig, player: Player, episodes: int, workers: Workers, name: str
+    env: EnvConfig, player: Player, episodes: int, workers: Workers, name: str, folder: Path
 ) -> list[Outcome]:
-    """One episode per held-out seed, in the official game, drawn by the official code."""
+    """One episode per held-out seed, in the official game, drawn by the official code.
+
+    A rank that does not lead leaves the outcomes of its share in `folder`, and gets no others.
+    """
     seeds, official = held_out_seeds(episodes), replace(env, fast_drawing=False)
-    outcomes = tqdm(workers.play(official, player, seeds), name, len(seeds), unit="episode")
-    return list(outcomes)
+    played: dict[Path, list[Outcome]] = {}
+    for kept, share in shares(folder, seeds):
+        path = folder / f"{kept}.csv"
+        if not path.exists():
+            outcomes = workers.play(official, player, share)
+            bar = tqdm(outcomes, name, len(share), unit="episode", disable=not leads())
+            write_outcomes(path, bar)
+        played[path] = read_outcomes(path)
+    for path in played if leads() else ():
+        path.unlink()
+    return sorted(chain.from_iterable(played.values()), key=lambda outcome: outcome.seed)
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
@@ -101,14 +115,27 @@ def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
 
 
 def read_returns(path: Path) -> list[float]:
-    """The returns of a table of episodes.
+    """The returns of a table of episodes."""
+    return [outcome.episode_return for outcome in read_outcomes(path)]
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """A table of episodes.
 
     Raises:
         WMError: if it is none.
     """
     try:
         with open(path, newline="") as file:
-            return [float(row["return"]) for row in csv.DictReader(file)]
+            return [
+                Outcome(
+                    int(row["seed"]),
+                    float(row["return"]),
+                    int(row["steps"]),
+                    row["terminated"] == "1",
+                )
+                for row in csv.DictReader(file)
+            ]
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise WMError(
             f"{path} is no table of episodes ({one_line(error)}); delete it and rerun"

@@ -22,9 +22,11 @@ from filelock import FileLock, Timeout
 
 from wm import WMError
 from wm.files import inside, read_json, sha256, write_atomically
+from wm.ranks import leads
 
 DONE = "DONE.json"
 CHECKPOINTS = "checkpoints"
+GLANCE = 0.2  # seconds between two looks for what another rank makes
 METRICS = "metrics.jsonl"  # what the stage has measured: reports are made from it
 MANIFEST = {  # what DONE.json holds, and of which kind
     "fingerprint": str,
@@ -155,6 +157,8 @@ def run_stage(
     Raises:
         WMError: if an input is missing or damaged, or another process works in the folder.
     """
+    if not leads():
+        return _help(stage, tracker)
     if stage.done and not (repair and damaged(stage)):
         print(f"{stage.label}: done before, in {stage.folder}")
         return stage.folder
@@ -189,6 +193,23 @@ def _locked(stage: Stage, wait: bool) -> AbstractContextManager:
             raise WMError(f"another process is working in {stage.folder}; wait for it") from None
     print(f"{stage.label}: waits for another process, in {stage.folder}", flush=True)
     return lock.acquire()
+
+
+def _help(stage: Stage, tracker: Any) -> Path:
+    """Do this rank's share of a stage, and wait until the leader has done the rest."""
+    for needed in stage.inputs.values():
+        _wait_for(needed)
+    if not stage.done:
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        inputs = {role: needed.folder for role, needed in stage.inputs.items()}
+        stage.work(stage.folder, inputs, tracker)
+        _wait_for(stage)
+    return stage.folder
+
+
+def _wait_for(stage: Stage) -> None:
+    while not stage.done:  # a launcher ends those who wait for a leader that is gone
+        time.sleep(GLANCE)
 
 
 def _remove(stage: Stage, paths: list[Path]) -> None:

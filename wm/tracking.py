@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from wm import WMError
 from wm.config import one_line
 from wm.files import cannot_write
+from wm.ranks import rank
 from wm.server import (
     AGENT_TAG,
     FAILURES,
@@ -273,6 +274,23 @@ class Tracker:
             self._attempt(name_agent, self.experiment_id, self.run_id, agent.fingerprint)
 
 
+class Silence(AbstractContextManager):
+    """Tracker and stage's run of a rank that does not lead: the leader says and records it all."""
+
+    loggers = ()
+
+    def busy(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def log_metrics(self, *args: Any) -> None:
+        """The leader's are the same."""
+
+    summarise = log_metrics
+
+    def __exit__(self, *failure: Any) -> None:
+        """There is nothing to end."""
+
+
 def download_folder(run_id: str, name: str, runs: Path) -> Path:
     """A folder of a run's artifacts, or of one of its children's; on local disk.
 
@@ -300,7 +318,7 @@ def _download(client: MlflowClient, run_id: str, name: str, runs: Path) -> Path:
     shared = [run.data.tags[AGENT_TAG]] if AGENT_TAG in run.data.tags else []
     for candidate in [run_id, *shared, *(child.info.run_id for child in children)]:
         if client.list_artifacts(candidate, name):
-            target = runs / "downloads" / candidate
+            target = runs / "downloads" / f"{candidate}{rank() or ''}"  # each rank its own
             target.mkdir(parents=True, exist_ok=True)
             return Path(client.download_artifacts(candidate, name, str(target)))
     raise WMError(f"run {run_id} holds no {name}; it has not come so far yet")

@@ -9,15 +9,19 @@ import ctypes
 import hashlib
 import io
 import logging
+import signal
+import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -25,6 +29,7 @@ from tqdm import tqdm
 from wm import WMError
 from wm.config import bounded
 from wm.files import sha256, write_atomically
+from wm.ranks import leads, rows, summed, world_size
 from wm.stages import CHECKPOINTS
 
 KEPT_CHECKPOINTS = 2
@@ -35,6 +40,7 @@ HARMLESS = (  # advice of Lightning that does not fit: batches are made whole, f
     "exists and is not empty",
     "smaller than the logging interval",
     "treespec, LeafSpec",
+    "recommended to use `self.log",  # ranks validate the same and log the same
 )
 
 
@@ -43,6 +49,9 @@ class TrainerConfig:
     """Where the work is done; no fingerprint covers it."""
 
     accelerator: str = "auto"
+    devices: int = bounded(1, 1)  # of each machine, with a process for each: see wm/ranks.py
+    num_nodes: int = bounded(1, 1)  # machines
+    strategy: Literal["auto", "ddp"] = "auto"  # which is ddp where there are several devices
     workers: int = bounded(0, 0)  # processes that play and dream; 0: one for every core
     compile: bool = True  # the dream's step, where there is a C++ compiler
 
@@ -109,10 +118,13 @@ def fit(
         save_on_train_epoch_end=True,
         enable_version_counter=False,  # a damaged checkpoint is written anew, under its own name
     )
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for chatter in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(chatter).setLevel(logging.WARNING)
     trainer = L.Trainer(
         accelerator=config.accelerator,
-        devices=1,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=_strategy(module),
         precision=precision,
         max_epochs=epochs,
         gradient_clip_val=clip,
@@ -120,7 +132,13 @@ def fit(
         num_sanity_val_steps=0,
         log_every_n_steps=min(log_every, data.epoch_steps),
         logger=loggers,
-        callbacks=[*(callbacks or []), FiniteNumbers(), Progress(data.steps), checkpoint],
+        callbacks=[
+            *(callbacks or []),
+            FiniteNumbers(),
+            EndTogether(),
+            Progress(data.steps),
+            checkpoint,
+        ],
         plugins=[SafeCheckpointIO()],
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -139,6 +157,25 @@ def fit(
             raise
     if trainer.interrupted or trainer.global_step < data.steps:
         raise KeyboardInterrupt
+
+
+def _strategy(module: L.LightningModule) -> Any:
+    """How ranks are joined: gradients are averaged, and nothing is where there are none.
+
+    One process group serves all trainings of a command, on CPUs and on GPUs.
+    """
+    if world_size() == 1:
+        return "auto"
+    learns = any(parameter.requires_grad for parameter in module.parameters())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    return (DDPStrategy if learns else NoGradients)(process_group_backend=backend)
+
+
+class NoGradients(DDPStrategy):
+    """For modules without gradients, which DDP refuses to wrap."""
+
+    def configure_ddp(self) -> None:
+        """The module stays as it is."""
 
 
 def keep_freed_memory() -> None:
@@ -235,6 +272,39 @@ class Busy(Callback):
         self.clock.__exit__(None, None, None)
 
 
+class EndTogether(Callback):
+    """A signal to one rank ends all of them after the same step.
+
+    One that ended at once would leave the others waiting for it in the next exchange. Lightning's
+    own handler exchanges amid whatever the others exchange, so this one is set after it.
+    """
+
+    def __init__(self):
+        self.told, self.handlers = 0, {}
+
+    def on_train_start(self, *args: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT) if world_size() > 1 else ():
+            self.handlers[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.told = number
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if summed(torch.tensor(self.told)):
+            self._end()
+
+    def on_fit_end(self, *args: Any) -> None:
+        if self.told:  # after the last step
+            self._end()
+
+    def _end(self) -> None:
+        sys.exit(128 + (self.told or signal.SIGTERM))
+
+    def teardown(self, *args: Any, stage: str) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
 class Progress(Callback):
     """One bar over all steps, with the time that remains."""
 
@@ -247,7 +317,7 @@ class Progress(Callback):
             initial=trainer.global_step,
             desc=type(module).__name__,
             unit=getattr(module, "step_unit", "step"),
-            disable=trainer.global_rank > 0,
+            disable=not leads(),
         )
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any):
@@ -261,6 +331,12 @@ class Progress(Callback):
             self.bar.close()
 
 
-def noise_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """Random numbers of one training step, the same after a resume."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+def step_noise(seed: int, step: int, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Standard normal noise for this rank's rows of a batch, `shape`, in one training step.
+
+    It is drawn for the whole batch and on the CPU: the same after a resume, on any number of ranks
+    and on any device.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    whole = torch.randn(shape[0] * world_size(), *shape[1:], generator=generator)
+    return whole[rows(len(whole))].to(device)

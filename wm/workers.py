@@ -78,11 +78,12 @@ class Workers:
     """A pool of game processes; use as a context manager.
 
     Args:
-        count: processes; 0 takes one for every core this process may use.
+        count: processes; 0 takes one for every core this rank may use.
     """
 
     def __init__(self, count: int):
-        self.count = count or len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.count = count or max(1, cores)
 
     def __enter__(self) -> "Workers":
         context = multiprocessing.get_context("spawn")

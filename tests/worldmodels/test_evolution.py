@@ -7,6 +7,7 @@ import torch
 from wm import WMError
 from wm.training import StepsData, TrainerConfig, fit
 from wm.workers import Outcome, Workers
+from wm.worldmodels import evolution
 from wm.worldmodels.controller import ControllerConfig
 from wm.worldmodels.evolution import STRATEGIES, AskAndTell, Evolution, dream_fitness
 
@@ -180,3 +181,15 @@ def test_fitness_is_bit_for_bit_the_same_on_one_and_two_processes(dreamt, worker
         one, two = (try_all(candidates, 0) for try_all in fitness)
     assert torch.equal(one, two)
     assert len(one.unique()) == 7
+
+
+def test_the_ranks_fitness_adds_up_to_that_of_one_process(dreamt, as_rank, monkeypatch):
+    monkeypatch.setattr(evolution, "summed", lambda tensor: tensor)
+    fitness, weights = dreamt(part=4)
+    candidates = torch.randn(7, len(weights), dtype=torch.float64)
+    whole, parts = fitness(candidates, 0), []
+    for rank in range(3):
+        as_rank(rank, 3)
+        parts.append(fitness(candidates, 0))
+    assert torch.equal(sum(parts), whole)
+    assert all((part == 0).any() for part in parts)

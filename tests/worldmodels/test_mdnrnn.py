@@ -1,4 +1,6 @@
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -249,3 +251,36 @@ def test_a_few_steps_lower_the_loss_towards_the_final_learning_rate(make_memory,
     assert losses[-1] < losses[0] - 0.1
     assert schedule["interval"] == "step"
     assert optimizer.param_groups[0]["lr"] == pytest.approx(model.config.final_learning_rate)
+
+
+def test_the_ranks_losses_have_the_mean_and_gradient_of_the_whole_batch(make_memory):
+    model, batch, noise = make_memory(), segments(4, lengths=[5, 1, 2, 4]), torch.randn(4, 6, 4)
+
+    def gradient(*losses):
+        model.zero_grad()
+        (sum(losses) / len(losses)).backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    whole = model.loss(batch, noise)["loss"]
+    steps = batch["mask"].sum() / 2
+    parts = [
+        model.loss({k: v[mine] for k, v in batch.items()}, noise[mine], steps)["loss"]
+        for mine in (slice(2), slice(2, 4))
+    ]
+    torch.testing.assert_close(sum(parts) / 2, whole)
+    torch.testing.assert_close(gradient(*parts), gradient(whole))
+
+
+def test_everything_is_made_where_m_is(monkeypatch):
+    monkeypatch.setattr(
+        torch, "autocast", lambda *given, **options: nullcontext()
+    )  # which knows no such device
+    with torch.device("meta"):
+        model = MDNRNN(MemoryConfig(hidden=6), 4, 1)
+        batch = segments()
+    model.log = model.log_dict = lambda *values, **options: None
+    model.trainer = SimpleNamespace(global_step=3)
+    loss = model.training_step(batch, 0)
+    loss.backward()
+    assert loss.is_meta
+    assert model.step(batch["mean"][:, 0], batch["action"][:, 0], model.zero_state(3))[0].is_meta

@@ -1,6 +1,7 @@
 import math
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,3 +144,17 @@ def test_a_few_steps_on_a_few_frames_lower_the_loss(change, likelihood):
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < losses[0] - 1.0
+
+
+def test_everything_is_made_where_v_is():
+    with torch.device("meta"):
+        model = ConvVAE(VisionConfig(latent=4))
+        frames = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
+    model.log = model.log_dict = lambda *values, **options: None
+    model.trainer = SimpleNamespace(global_step=3)
+    loss = model.training_step((frames, frames), 0)
+    loss.backward()
+    assert loss.is_meta
+    model.on_validation_epoch_start()
+    model.validation_step((frames, frames), 0)
+    model.on_validation_epoch_end()

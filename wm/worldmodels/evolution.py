@@ -19,6 +19,7 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from wm import WMError
+from wm.ranks import of_leader, rank, summed, world_size
 from wm.rollout import rollout
 from wm.workers import Outcome, Workers
 from wm.worldmodels.agent import Agent
@@ -110,7 +111,7 @@ class AskAndTell(Callback):
         self.strategy, self.told = make_strategy(), []
 
     def on_train_batch_start(self, trainer: L.Trainer, module: "Evolution", *args: Any) -> None:
-        module.candidates = torch.from_numpy(self.strategy.ask())
+        module.candidates = of_leader(torch.from_numpy(self.strategy.ask()))
 
     def on_train_batch_end(self, trainer: L.Trainer, module: "Evolution", *args: Any) -> None:
         fitness = module.fitness.numpy()
@@ -122,7 +123,7 @@ class AskAndTell(Callback):
             )
         self.strategy.tell(module.candidates.numpy(), fitness)
         self.told.append(module.fitness)
-        module.mean.copy_(torch.from_numpy(self.strategy.mean))
+        module.mean.copy_(of_leader(torch.from_numpy(self.strategy.mean)))
         module.log("controller/sigma", float(self.strategy.sigma))
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,8 +189,8 @@ def dream_fitness(
     """The mean return over dreams; every candidate of a generation dreams the same seeds.
 
     Candidates are dreamt in parts, each by one process on one core: that is about three times as
-    fast as one batch whose every operation is shared by the cores. The parts, and so the result,
-    are the same for any number of processes.
+    fast as one batch whose every operation is shared by the cores. Ranks dream every so manieth
+    part. The parts, and so the result, are the same for any number of processes.
 
     Args:
         folder: of the agent whose V, M and starts are dreamt with.
@@ -200,8 +201,12 @@ def dream_fitness(
         episodes = seeds(generation)
         size = max(1, min(part // len(episodes), -(-len(candidates) // 2)))
         task = partial(dream_returns, folder, episodes, compiled)
-        parts = [part.numpy() for part in candidates.split(size)]
-        return torch.from_numpy(np.concatenate(list(workers.map(task, parts, DREAM_SECONDS))))
+        places = torch.arange(len(candidates)).split(size)[rank() :: world_size()]
+        parts = [candidates[place].numpy() for place in places]
+        returns = torch.zeros(len(candidates), dtype=torch.float64)
+        for place, dreamt in zip(places, workers.map(task, parts, DREAM_SECONDS), strict=True):
+            returns[place] = torch.from_numpy(dreamt)
+        return summed(returns)
 
     return fitness
 

@@ -5,6 +5,7 @@ Ha & Schmidhuber 2018, section A.2. B batch, T time, Z latent, A action, H hidde
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
@@ -15,7 +16,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from wm.config import bounded
 from wm.envs import MOVE
-from wm.training import noise_generator
+from wm.ranks import summed, world_size
+from wm.training import step_noise
 
 LOG_SIGMA_RANGE = (-7.0, 7.0)
 
@@ -186,30 +188,36 @@ class MDNRNN(L.LightningModule):
         hidden, state = self.advance(latent, action, state)
         return self.predict(hidden), state
 
-    def loss(self, batch: dict[str, Tensor], noise: Tensor | None) -> dict[str, Tensor]:
+    def loss(
+        self, batch: dict[str, Tensor], noise: Tensor | None, steps: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Teacher-forced losses of a batch of segments (see data.Sequences), means over real steps.
 
         nll is per latent dimension.
 
-        noise [B,T+1,Z] samples the latents from V's posterior; None takes the means.
+        Args:
+            noise: [B,T+1,Z] samples the latents from V's posterior; None takes the means.
+            steps: to divide sums by, in place of the real steps of this batch: where it is the
+                share of one rank, the ranks' mean number, so that their mean is the whole's.
         """
         latent = batch["mean"]
         if noise is not None:
             latent = latent + (batch["log_variance"] / 2).exp() * noise
         prediction, _ = self(latent[:, :-1], batch["action"])
         mask, end = batch["mask"], batch["end"]
-        nll = masked_mean(mixture_nll(latent[:, 1:], *prediction[:3]), mask) / self.latent
+        mean = partial(masked_mean, mask=mask, steps=mask.sum() if steps is None else steps)
+        nll = mean(mixture_nll(latent[:, 1:], *prediction[:3])) / self.latent
         parts = {"nll": nll, "loss": nll}
         if prediction.reward is not None:
             error = (prediction.reward - batch["reward"]).square()
-            parts["reward_mse"] = masked_mean(error, mask)
+            parts["reward_mse"] = mean(error)
             parts["loss"] = parts["loss"] + self.config.reward_weight * parts["reward_mse"]
         if prediction.end_logit is not None:
             weight = torch.full_like(end, self.config.end_weight)
             entropy = F.binary_cross_entropy_with_logits(
                 prediction.end_logit, end, reduction="none", pos_weight=weight
             )
-            parts["end_loss"] = masked_mean(entropy, mask)
+            parts["end_loss"] = mean(entropy)
             parts["loss"] = parts["loss"] + parts["end_loss"]
             predicted = (prediction.end_logit > 0) * mask
             parts["end_predicted"], parts["end_real"] = predicted.sum(), (end * mask).sum()
@@ -219,11 +227,12 @@ class MDNRNN(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
         noise = None
         if self.config.latents == "sample":
-            generator = noise_generator(self.seed, self.global_step, self.device)
-            noise = torch.randn(batch["mean"].shape, generator=generator, device=self.device)
-        parts = self.loss(batch, noise)
-        self.log("memory/loss", parts["loss"], prog_bar=True)
-        self.log_dict({f"memory/{k}": v for k, v in parts.items() if k in LOSSES})
+            shape = batch["mean"].shape
+            noise = step_noise(self.seed, self.global_step, shape, self.device)
+        steps = summed(batch["mask"].sum()) / world_size()
+        parts = self.loss(batch, noise, steps)
+        self.log("memory/loss", parts["loss"], prog_bar=True, sync_dist=True)
+        self.log_dict({f"memory/{k}": v for k, v in parts.items() if k in LOSSES}, sync_dist=True)
         return parts["loss"]
 
     def on_validation_epoch_start(self) -> None:
@@ -255,6 +264,6 @@ class MDNRNN(L.LightningModule):
 LOSSES = ("nll", "reward_mse", "end_loss")
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean of values [B,T] where mask [B,T] is 1."""
-    return (values * mask).sum() / mask.sum()
+def masked_mean(values: Tensor, mask: Tensor, steps: Tensor) -> Tensor:
+    """The mean of values [B,T] where mask [B,T] is 1, which is at so many steps."""
+    return (values * mask).sum() / steps

@@ -11,14 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from wm import WMError
 from wm.collect import CollectConfig
 from wm.config import bounded, covered, load
 from wm.envpool import require_envpool
 from wm.envs import EnvConfig, validation_seeds
 from wm.evaluate import EvaluateConfig
 from wm.files import sha256
+from wm.ranks import gather, leads
 from wm.stages import Stage, run_stage
-from wm.tracking import Tracker, ui_command
+from wm.tracking import Silence, Tracker, ui_command
 from wm.training import TrainerConfig
 from wm.workers import RandomPlayer, Workers
 from wm.worldmodels import report, work
@@ -143,8 +145,7 @@ def result_config(config: Config) -> dict[str, Any]:
 
 def run(words: Sequence[str]) -> None:
     """All stages; those that are done are skipped. Ends with the table of scores."""
-    words, repair = split_repair(words)
-    config = load(Config, words)
+    config, words, repair = begin(words)
     graph = stages(config)
     if config.minutes and not graph[-1].done:
         print(f"this takes about {config.minutes} minutes on 2 cores; it shows the time that")
@@ -162,8 +163,7 @@ def run_only(name: str, words: Sequence[str]) -> None:
     Raises:
         WMError: if not even the first can be done, saying which command makes what is missing.
     """
-    words, repair = split_repair(words)
-    config = load(Config, words)
+    config, words, repair = begin(words)
     graph = stages(config)
     names = ("baseline", name) if name == "evaluate" else (name,)
     with open_tracker(config, graph) as tracker:
@@ -175,9 +175,17 @@ def run_only(name: str, words: Sequence[str]) -> None:
             run_stage(stage, tracker, f"wm {name} {' '.join(words)}", repair)
 
 
-def split_repair(words: Sequence[str]) -> tuple[list[str], bool]:
-    """The words without `--repair`, and whether it was among them."""
-    return [word for word in words if word != REPAIR], REPAIR in words
+def begin(words: Sequence[str]) -> tuple[Config, list[str], bool]:
+    """The configuration, the words without `--repair`, and whether it was among them.
+
+    With several devices it comes to this in as many processes.
+    """
+    repair, words = REPAIR in words, [word for word in words if word != REPAIR]
+    config = load(Config, words)
+    if repair and config.trainer.devices * config.trainer.num_nodes > 1:
+        raise WMError(f"{REPAIR} works alone: leave out trainer.devices and trainer.num_nodes")
+    gather(config.trainer.devices, config.trainer.num_nodes)
+    return config, words, repair
 
 
 def run_labelled(label: str, words: Sequence[str]) -> None:
@@ -197,8 +205,7 @@ def evaluate_run(run: str, words: Sequence[str]) -> None:
     Raises:
         WMError: if there is no such agent.
     """
-    words, repair = split_repair(words)
-    settings = load(Config, words)
+    settings, words, repair = begin(words)
     source = find_agent(run, Path(settings.runs))
     its = Agent.load(source).config
     config = replace(
@@ -239,8 +246,12 @@ def compare_simulators(run: str | None, words: Sequence[str]) -> None:
             print(line, flush=True)
 
 
-def open_tracker(config: Config, graph: Sequence[Stage], run_id: str | None = None) -> Tracker:
+def open_tracker(
+    config: Config, graph: Sequence[Stage], run_id: str | None = None
+) -> Tracker | Silence:
     """The parent run of this configuration, one for each fingerprint of its last stage."""
+    if not leads():
+        return Silence()
     return Tracker(Path(config.runs), result_config(config), graph[-1].fingerprint, run_id)
 
 

@@ -10,6 +10,7 @@ from jinja2 import Environment
 
 from wm.evaluate import read_returns
 from wm.files import write_atomically
+from wm.ranks import leads
 from wm.stages import read_manifest
 from wm.tracking import StageRun
 from wm.training import TrainerConfig
@@ -93,6 +94,8 @@ def write_report(
     config: dict[str, Any],
 ) -> dict[str, float]:
     """Gather what the stages left into report.html."""
+    if not leads():
+        return {}
     records = {label: read_manifest(path) for label, path in inputs.items()}
     cost = costs(list(records.values()))
     page = PAGE.render(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wm.config import bounded
-from wm.training import noise_generator
+from wm.training import step_noise
 
 ACTIVE_VARIANCE = 0.01  # of a latent's mean over frames: Burda et al. 2016, section 2
 
@@ -139,11 +139,11 @@ class ConvVAE(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
         frames, previous = batch
         shape = (len(frames), self.config.latent)
-        generator = noise_generator(self.seed, self.global_step, self.device)
-        noise = torch.randn(shape, generator=generator, device=self.device)
+        noise = step_noise(self.seed, self.global_step, shape, self.device)
         parts = self.loss(frames, previous, noise)
-        self.log("vision/loss", parts["loss"], prog_bar=True)
-        self.log_dict({f"vision/{name}": parts[name] for name in ("reconstruction", "kl")})
+        self.log("vision/loss", parts["loss"], prog_bar=True, sync_dist=True)
+        shown = {f"vision/{name}": parts[name] for name in ("reconstruction", "kl")}
+        self.log_dict(shown, sync_dist=True)
         return parts["loss"]
 
     def on_validation_epoch_start(self) -> None:

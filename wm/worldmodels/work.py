@@ -6,8 +6,8 @@ A stage's keyword arguments are what its fingerprint covers (see pipeline.stages
 
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from wm.envs import (
 from wm.episodes import Episode, EpisodeStore
 from wm.evaluate import EvaluateConfig, play_held_out, score, write_outcomes
 from wm.files import cannot_write
+from wm.ranks import leads, rank, summed, world_size
 from wm.rollout import rollout
 from wm.tracking import StageRun, read_metrics
 from wm.training import Busy, StepsData, TrainerConfig, fit
@@ -87,6 +88,8 @@ def collect_episodes(
     seeds = training_seeds(seed, round, episodes)
     with Workers(trainer.workers) as workers, run.busy():
         collect(env, player, seeds, folder, workers, collection)
+    if not leads():
+        return {}
     facts = EpisodeStore([folder]).summary()
     facts["steps"] *= env.repeat  # of the game, a few too many where an end cut a held action
     return {f"collect/{name}": value for name, value in facts.items()}
@@ -119,6 +122,8 @@ def train_vision(
         fit(model, data, folder, trainer, run.loggers, vision.precision, callbacks=[Busy(run)])
     else:  # it sees what earlier rounds have seen as they did
         known = Latents(inputs["vision"] / "latents")
+    if not leads():
+        return {}
     save_tensors(folder / "vision.safetensors", model.cpu().eval().state_dict())
     with run.busy():
         encode_store(model, store, folder / "latents", known)
@@ -206,6 +211,8 @@ def train_memory(
         data = sequences_data(store, latents, memory, seed, EPOCH_STEPS)
         settings = (memory.precision, memory.clip)
         fit(model, data, folder, trainer, run.loggers, *settings, callbacks=[Busy(run)])
+    if not leads():
+        return {}
     save_tensors(folder / "memory.safetensors", model.cpu().eval().state_dict())
     draw_memory(load_vision(vision, inputs), model, store, latents, env.name, folder, run)
     return last_metrics(folder, "memory/val_", "memory/end")
@@ -252,7 +259,8 @@ def evolve_controller(
 ) -> Facts:
     """Evolve C, in the dream or in the real game, and save the whole agent."""
     agent = new_agent(config, inputs, seed)
-    agent.save(folder / "agent")
+    if leads():
+        agent.save(folder / "agent")  # before `fit`, in which the ranks meet
     settings = config.controller
     seeds = partial(generation_seeds, settings.episodes, seed, round)
     search_seed = int(np.random.SeedSequence(seed, spawn_key=(round,)).generate_state(1)[0])
@@ -272,6 +280,8 @@ def evolve_controller(
         callbacks = [AskAndTell(make_strategy), Busy(run)]
         here = replace(trainer, accelerator="cpu")  # dreams, float64 means and workers live there
         fit(module, data, folder, here, run.loggers, log_every=1, callbacks=callbacks)
+    if not leads():
+        return {}
     chosen = module.best if settings.keep == "best" else module.mean.detach()
     kept = {"best": module.best, "mean": module.mean.detach(), "score": module.best_score[None]}
     save_tensors(folder / "controllers.safetensors", kept)
@@ -306,9 +316,17 @@ def generation_seeds(episodes: int, seed: int, round: int, generation: int) -> l
 
 
 def play_candidate(
-    workers: Workers, env: EnvConfig, agent: Path, weights: Tensor, seeds: list[int]
+    workers: Workers, env: EnvConfig, agent: Path, weights: Tensor, seeds: Sequence[int]
 ) -> list[Outcome]:
-    return list(workers.play(env, AgentPlayer(agent, weights), seeds))
+    """An episode for each seed, of which every rank plays its share and hears of all."""
+    mine = slice(rank(), None, world_size())
+    table = torch.zeros(len(seeds), len(fields(Outcome)), dtype=torch.float64)
+    played = [astuple(o) for o in workers.play(env, AgentPlayer(agent, weights), seeds[mine])]
+    table[mine] = torch.tensor(played, dtype=torch.float64).reshape(-1, table.shape[1])
+    return [
+        Outcome(int(seed), episode_return, int(steps), bool(terminated))
+        for seed, episode_return, steps, terminated in summed(table).tolist()
+    ]
 
 
 def real_fitness(
@@ -348,7 +366,7 @@ def import_agent(
 ) -> Facts:
     """Copy an agent from elsewhere, so that its evaluation stands beside it."""
     (folder / "agent").mkdir(exist_ok=True)
-    for name in hashes:
+    for name in hashes if leads() else ():
         shutil.copyfile(source / name, folder / "agent" / name)
     return {}
 
@@ -365,7 +383,11 @@ def play_baseline(
     """The random policy on the held-out seeds."""
     player, game = RandomPlayer("uniform"), evaluation.game(env)
     with Workers(trainer.workers) as workers, run.busy():
-        outcomes = play_held_out(game, player, evaluation.episodes, workers, "random policy")
+        outcomes = play_held_out(
+            game, player, evaluation.episodes, workers, "random policy", folder
+        )
+    if not leads():
+        return {}
     return _keep_score(outcomes, folder, run, "random")
 
 
@@ -383,7 +405,9 @@ def evaluate_agent(
     print(f"evaluate: the agent of {chosen}", flush=True)
     player, game = AgentPlayer(inputs[chosen] / "agent"), evaluation.game(env)
     with Workers(trainer.workers) as workers, run.busy():
-        outcomes = play_held_out(game, player, evaluation.episodes, workers, "agent")
+        outcomes = play_held_out(game, player, evaluation.episodes, workers, "agent", folder)
+    if not leads():
+        return {}
     agent = Agent.load(player.folder)
     facts = _keep_score(outcomes, folder, run, "eval") | dream_score(agent, evaluation, folder, run)
     middle = sorted(outcomes, key=lambda outcome: outcome.episode_return)[len(outcomes) // 2]
