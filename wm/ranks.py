@@ -14,12 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+import torch
 import torch.distributed as dist
 from filelock import FileLock
 from torch import Tensor
 
 from wm import WMError
 
+SECONDS_TO_END = 60  # that ranks have when they are told to
 PR_SET_PDEATHSIG = 1  # of prctl.h
 
 T = TypeVar("T")
@@ -77,6 +79,7 @@ def _launch(processes: int) -> NoReturn:
 
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_END))
     words = ["--standalone", f"--nproc-per-node={processes}", "-m", "wm", *sys.argv[1:]]
     try:
         torchrun.run(torchrun.parse_args(words))
@@ -127,6 +130,19 @@ def summed(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def lost_rank(error: RuntimeError) -> bool:
+    """Whether an exchange failed because another rank has ended: gloo has no class for it."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def averaged(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The ranks' means of some numbers, for the record; all in one exchange."""
+    if world_size() == 1:
+        return values
+    means = summed(torch.stack([value.detach() for value in values.values()])) / world_size()
+    return dict(zip(values, means, strict=True))
 
 
 def of_leader(tensor: Tensor) -> Tensor:

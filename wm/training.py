@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from wm import WMError
-from wm.config import bounded
+from wm.config import bounded, one_line
 from wm.files import sha256, write_atomically
-from wm.ranks import leads, rows, summed, world_size
+from wm.ranks import leads, lost_rank, rows, summed, world_size
 from wm.stages import CHECKPOINTS
 
 KEPT_CHECKPOINTS = 2
@@ -105,7 +105,8 @@ def fit(
     """Train to data.steps, from the newest valid checkpoint in the folder if there is one.
 
     Raises:
-        WMError: when a loss, gradient or weight is not finite; the last checkpoint is.
+        WMError: when a loss, gradient or weight is not finite; the last checkpoint is. Or when
+            another rank is gone.
     """
     keep_freed_memory()
     epochs = -(-data.steps // data.epoch_steps)
@@ -155,6 +156,13 @@ def fit(
             ):  # Lightning turns Ctrl-C into exit(1)
                 raise KeyboardInterrupt from None
             raise
+        except RuntimeError as error:
+            if not lost_rank(error):
+                raise
+            raise WMError(
+                f"another rank is gone ({one_line(error)}); the same command goes on from the last "
+                "checkpoint"
+            ) from None
     if trainer.interrupted or trainer.global_step < data.steps:
         raise KeyboardInterrupt
 

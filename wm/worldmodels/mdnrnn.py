@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from wm.config import bounded
 from wm.envs import MOVE
-from wm.ranks import summed, world_size
+from wm.ranks import averaged, summed, world_size
 from wm.training import step_noise
 
 LOG_SIGMA_RANGE = (-7.0, 7.0)
@@ -231,8 +231,9 @@ class MDNRNN(L.LightningModule):
             noise = step_noise(self.seed, self.global_step, shape, self.device)
         steps = summed(batch["mask"].sum()) / world_size()
         parts = self.loss(batch, noise, steps)
-        self.log("memory/loss", parts["loss"], prog_bar=True, sync_dist=True)
-        self.log_dict({f"memory/{k}": v for k, v in parts.items() if k in LOSSES}, sync_dist=True)
+        shown = averaged({k: v for k, v in parts.items() if k in (*LOSSES, "loss")})
+        self.log("memory/loss", shown.pop("loss"), prog_bar=True)
+        self.log_dict({f"memory/{k}": v for k, v in shown.items()})
         return parts["loss"]
 
     def on_validation_epoch_start(self) -> None:

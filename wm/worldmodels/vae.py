@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wm.config import bounded
+from wm.ranks import averaged
 from wm.training import step_noise
 
 ACTIVE_VARIANCE = 0.01  # of a latent's mean over frames: Burda et al. 2016, section 2
@@ -141,9 +142,9 @@ class ConvVAE(L.LightningModule):
         shape = (len(frames), self.config.latent)
         noise = step_noise(self.seed, self.global_step, shape, self.device)
         parts = self.loss(frames, previous, noise)
-        self.log("vision/loss", parts["loss"], prog_bar=True, sync_dist=True)
-        shown = {f"vision/{name}": parts[name] for name in ("reconstruction", "kl")}
-        self.log_dict(shown, sync_dist=True)
+        shown = averaged({name: parts[name] for name in ("loss", "reconstruction", "kl")})
+        self.log("vision/loss", shown.pop("loss"), prog_bar=True)
+        self.log_dict({f"vision/{name}": value for name, value in shown.items()})
         return parts["loss"]
 
     def on_validation_epoch_start(self) -> None:
