@@ -84,6 +84,8 @@ def _launch(processes: int) -> NoReturn:
     try:
         torchrun.run(torchrun.parse_args(words))
     except SignalException as stopped:
+        if stopped.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
         sys.exit(128 + stopped.sigval)
     except ChildFailedError as failed:
         first, failure = failed.get_first_failure()

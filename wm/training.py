@@ -51,7 +51,7 @@ class TrainerConfig:
     accelerator: str = "auto"
     devices: int = bounded(1, 1)  # of each machine, with a process for each: see wm/ranks.py
     num_nodes: int = bounded(1, 1)  # machines
-    strategy: Literal["auto", "ddp"] = "auto"  # which is ddp where there are several devices
+    strategy: Literal["auto", "ddp"] = "auto"  # of several devices: both words mean the same
     workers: int = bounded(0, 0)  # processes that play and dream; 0: one for every core
     compile: bool = True  # the dream's step, where there is a C++ compiler
 

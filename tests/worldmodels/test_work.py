@@ -23,7 +23,8 @@ from wm.evaluate import EvaluateConfig
 from wm.files import hashes
 from wm.training import TrainerConfig
 from wm.workers import RandomPlayer
-from wm.worldmodels.agent import AgentConfig, AgentPlayer, load_weights, save_tensors
+from wm.worldmodels import work
+from wm.worldmodels.agent import Agent, AgentConfig, AgentPlayer, load_weights, save_tensors
 from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
 from wm.worldmodels.pictures import reconstruction_error
 from wm.worldmodels.vae import ConvVAE, VisionConfig
@@ -32,6 +33,7 @@ from wm.worldmodels.work import (
     dream_score,
     encode_store,
     evaluate_agent,
+    play_candidate,
     train_memory,
     train_vision,
 )
@@ -77,6 +79,20 @@ def test_the_round_with_the_highest_validation_score_is_the_best(tmp_path):
         save_tensors(controllers[role] / "controllers.safetensors", tensors)
     assert best_round(controllers) == "controller-1"
     assert best_round({"agent": tmp_path}) == "agent"  # alone it needs no score
+
+
+def test_the_ranks_games_add_up_to_those_of_one_process(saved, workers, as_rank, monkeypatch):
+    tables = []
+    monkeypatch.setattr(work, "summed", lambda table: tables.append(table) or table)
+    weights = Agent.load(saved("tiny")).weights
+    whole = play_candidate(workers, EnvConfig("tiny", 20), saved("tiny"), weights, [7, 8, 9])
+    assert [outcome.seed for outcome in whole] == [7, 8, 9]
+    for rank in range(2):
+        as_rank(rank, 2)
+        play_candidate(workers, EnvConfig("tiny", 20), saved("tiny"), weights, [7, 8, 9])
+    one, *parts = tables
+    assert torch.equal(sum(parts), one)
+    assert all((part == 0).all(1).any() for part in parts)
 
 
 @pytest.fixture
