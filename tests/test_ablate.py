@@ -186,6 +186,7 @@ def test_a_failed_cell_is_named_and_the_others_finish(grid, runs, own_folder, ca
 
 
 def test_an_interrupted_grid_goes_on_where_it_was(grid, runs, own_folder):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     (own_folder / "interrupt").touch()
     with pytest.raises(KeyboardInterrupt):
         grid("jobs=1", "seeds=[0]")
