@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from wm import WMError
+from wm.config import one_line
 from wm.episodes import EpisodeStore
 from wm.files import read_array
 from wm.ranks import rows
@@ -75,7 +76,7 @@ class Latents:
             )
         except (OSError, ValueError) as error:
             raise WMError(
-                f"{folder} is damaged ({error}); delete it and rerun `wm vision`"
+                f"{folder} is damaged ({one_line(error)}); delete it and rerun `wm vision`"
             ) from error
 
 

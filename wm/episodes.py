@@ -18,6 +18,7 @@ import numpy as np
 from gymnasium.vector import VectorWrapper
 
 from wm import WMError
+from wm.config import one_line
 from wm.envs import FRAME
 from wm.files import cannot_write, read_array, read_json, sha256
 
@@ -135,8 +136,8 @@ class Shard:
             self.rewards = np.array(read_array(folder / "rewards.npy", np.float32, steps))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise WMError(
-                f"{folder} is damaged ({error}); `--repair` behind the words of its `wm collect` "
-                "plays it again, the same"
+                f"{folder} is damaged ({one_line(error)}); `--repair` behind the words of its "
+                "`wm collect` plays it again, the same"
             ) from error
 
     def sound(self) -> bool:

@@ -148,7 +148,7 @@ class RunRecord:
             for path, under in record.artifacts:
                 _ = path + (under or "")  # both are text
         except (OSError, ValueError, TypeError) as error:
-            raise WMError(f"{folder / RECORD} is damaged ({error}); delete it") from None
+            raise WMError(f"{folder / RECORD} is damaged ({one_line(error)}); delete it") from None
         return record
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from wm import WMError
+from wm.config import one_line
 from wm.files import inside, read_json, sha256, write_atomically
 from wm.ranks import leads
 
@@ -116,7 +117,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise WMError(f"{folder / DONE} is damaged ({error}); delete it and rerun") from error
+        raise WMError(
+            f"{folder / DONE} is damaged ({one_line(error)}); delete it and rerun"
+        ) from error
     return manifest
 
 
