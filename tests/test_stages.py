@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from wm import WMError
+from wm.ranks import led
 from wm.stages import CHECKPOINTS, DONE, METRICS, Stage, run_stage
+from wm.tracking import Silence
 
 
 class Work:
@@ -158,6 +160,26 @@ def test_only_what_a_stage_reads_of_its_inputs_must_be_undamaged(first, second, 
         run_stage(replace(second, reads=("*put",)), tracker)
     run_stage(replace(second, reads=(METRICS,)), tracker)
     assert second.done
+
+
+def test_another_rank_works_when_the_leader_does_and_stays_until_all_is_done(
+    first, tracker, as_rank
+):
+    run_stage(first, tracker)
+    done, away = first.folder / DONE, first.folder / "away"
+    done.rename(away)
+    as_rank(1, 2)
+    rank = threading.Thread(target=run_stage, args=(first, Silence()), daemon=True)
+    rank.start()
+    rank.join(0.5)
+    assert first.work.calls == 1  # the leader's: it may be waiting for others in the folder
+    with led(first.folder):
+        rank.join(1.5)
+        assert first.work.calls == 2 and rank.is_alive()
+        away.rename(done)
+    rank.join(10)
+    assert not rank.is_alive()
+    assert not list(first.folder.glob(".led*"))
 
 
 def test_a_stage_that_is_made_again_and_fails_is_not_done(first, tracker):

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -96,6 +96,28 @@ def _launch(processes: int) -> NoReturn:
             "others were stopped; the same command goes on from here"
         ) from None
     sys.exit(0)
+
+
+@contextmanager
+def led(folder: Path) -> Iterator[None]:
+    """Let the other ranks join the leader in a folder, as long as this lasts."""
+    if world_size() > 1:
+        _sign(folder).touch()
+    try:
+        yield
+    finally:
+        _sign(folder).unlink(missing_ok=True)
+
+
+def is_led(folder: Path) -> bool:
+    return _sign(folder).exists()
+
+
+def _sign(folder: Path) -> Path:
+    """A file of these ranks alone: others may work in the folder before them."""
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    names = ("MASTER_ADDR", "MASTER_PORT") if by_torchrun else ("SLURM_JOB_ID", "SLURM_STEP_ID")
+    return folder / "-".join([".led", *(os.environ.get(name, "") for name in names)])
 
 
 def shares(folder: Path, items: Sequence[T]) -> Iterator[tuple[str, Sequence[T]]]:

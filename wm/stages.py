@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from wm import WMError
 from wm.config import one_line
 from wm.files import inside, read_json, sha256, write_atomically
-from wm.ranks import leads
+from wm.ranks import is_led, leads, led
 
 DONE = "DONE.json"
 CHECKPOINTS = "checkpoints"
@@ -182,7 +182,8 @@ def run_stage(
             _remove(stage, damaged(stage))
         (stage.folder / DONE).unlink(missing_ok=True)  # of a result that was damaged since
         print(f"{stage.label}: in {stage.folder}", flush=True)
-        _work(stage, tracker)
+        with led(stage.folder):
+            _work(stage, tracker)
     return stage.folder
 
 
@@ -199,19 +200,17 @@ def _locked(stage: Stage, wait: bool) -> AbstractContextManager:
 
 
 def _help(stage: Stage, tracker: Any) -> Path:
-    """Do this rank's share of a stage, and wait until the leader has done the rest."""
-    for needed in stage.inputs.values():
-        _wait_for(needed)
+    """Do this rank's share of a stage that the leader works on, and wait until all is done."""
+    _wait_until(lambda: stage.done or is_led(stage.folder))
     if not stage.done:
-        stage.folder.mkdir(parents=True, exist_ok=True)
         inputs = {role: needed.folder for role, needed in stage.inputs.items()}
         stage.work(stage.folder, inputs, tracker)
-        _wait_for(stage)
+        _wait_until(lambda: stage.done)
     return stage.folder
 
 
-def _wait_for(stage: Stage) -> None:
-    while not stage.done:  # a launcher ends those who wait for a leader that is gone
+def _wait_until(seen: Callable[[], bool]) -> None:
+    while not seen():  # a launcher ends those who wait for a leader that is gone
         time.sleep(GLANCE)
 
 
