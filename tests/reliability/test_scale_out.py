@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,14 +34,6 @@ def start(folder, *command, **environment):
         text=True,
         start_new_session=True,
     )
-
-
-def wait_until(seen, process, seconds=300):
-    deadline = time.time() + seconds
-    while not seen():
-        assert process.poll() is None, process.stdout.read()
-        assert time.time() < deadline
-        time.sleep(0.005)
 
 
 def ended(process):
@@ -93,9 +86,9 @@ def hosts(tmp_path_factory, free_port):
     torchrun = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", *meeting]
     command = [*torchrun, "-m", "wm", "run", *WORDS, "trainer.num_nodes=2"]
     processes = [start(folder, *command) for _ in range(2)]
-    for process in processes:
-        code, output = ended(process)
-        assert code == 0, output
+    with ThreadPoolExecutor() as readers:  # of both at once: a full pipe would hold up its writer
+        for code, output in readers.map(ended, processes):
+            assert code == 0, output
     return folder / "made" / "tiny"
 
 
@@ -129,7 +122,7 @@ def test_two_hosts_collect_and_score_the_same_and_train_the_same_up_to_rounding(
     ],
 )
 def test_a_stage_stopped_on_some_ranks_goes_on_with_others_to_the_same_result(
-    hosts, tmp_path, stage, sign, ranks, whom, number, later
+    hosts, wait_until, tmp_path, stage, sign, ranks, whom, number, later
 ):
     shutil.copytree(hosts.parent, tmp_path / "made")
     made = tmp_path / "made" / "tiny"
@@ -164,7 +157,7 @@ def history(folder):
     return {n: v for n, v in metrics.items() if n.startswith(("controller/", "memory/val"))}
 
 
-def test_a_lost_rank_of_collect_stalls_nobody(hosts, tmp_path):
+def test_a_lost_rank_of_collect_stalls_nobody(hosts, wait_until, tmp_path):
     ranks = [
         start(
             tmp_path,
