@@ -5,12 +5,11 @@ and talks to MLflow; the others do their share of what is played, trained and ev
 same runs folder.
 """
 
-import ctypes
 import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -20,9 +19,9 @@ from filelock import FileLock
 from torch import Tensor
 
 from wm import WMError
+from wm.processes import end_with_parent
 
 SECONDS_TO_END = 60  # that ranks have when they are told to
-PR_SET_PDEATHSIG = 1  # of prctl.h
 
 T = TypeVar("T")
 
@@ -65,8 +64,7 @@ def gather(devices: int, nodes: int) -> None:
             "docs/cluster.md says"
         )
     if there > 1:
-        with suppress(AttributeError, OSError):  # a rank ends with its launcher, where Linux is
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_parent(signal.SIGTERM)  # its launcher
     if not leads():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the process's end)
 

@@ -4,11 +4,9 @@ A task is the retryable unit: it builds its own game and its result depends on i
 neither the number of processes nor the death of one changes anything.
 """
 
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError
@@ -22,11 +20,11 @@ from pebble import ProcessExpired, ProcessPool
 
 from wm import WMError
 from wm.envs import EnvConfig, as_vector, make_env
+from wm.processes import end_with_parent
 from wm.rollout import RANDOM_POLICIES, Policy, rollout
 
 ATTEMPTS = 3
 SECONDS_TO_END = 30.0  # of a pool that is stopped
-PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 SECONDS_PER_STEP = 0.5  # a game slower than this by far is stuck, and its process is replaced
 
 
@@ -146,12 +144,8 @@ def time_limit(env: EnvConfig, episodes: int) -> float:
 
 
 def _begin(owner: int) -> None:
-    """In a new process: take one core, and end with the owner of the pool.
-
-    Linux sees to that whatever ends the owner, and whatever this process waits for.
-    """
+    """In a new process: take one core, and end with the owner of the pool."""
     torch.set_num_threads(1)  # the processes share the cores already
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != owner:  # it has ended already
-            os._exit(1)
+    end_with_parent(signal.SIGKILL)
+    if os.getppid() != owner:  # it has ended already
+        os._exit(1)
