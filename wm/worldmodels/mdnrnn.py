@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from wm.config import bounded
 from wm.envs import MOVE
@@ -36,8 +37,8 @@ class MemoryConfig:
     reward_weight: float = bounded(1.0, 0.0)
     end_head: bool = True
     end_weight: float = bounded(10.0, 1e-3)  # of a positive: ends are rare; the original code's 10
-    learning_rate: float = bounded(1e-3, 1e-9)
-    final_learning_rate: float = bounded(1e-5, 1e-9)  # reached exponentially
+    learning_rate: float = bounded(1e-2, 1e-9)
+    final_learning_rate: float = bounded(1e-5, 1e-9)  # reached along half a cosine
     clip: float = bounded(1.0, 0.0)  # of the gradient's norm
     batch: int = bounded(32, 1)
     length: int = bounded(128, 2)  # actions of a training segment
@@ -257,8 +258,7 @@ class MDNRNN(L.LightningModule):
         config = self.config
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(trained, config.learning_rate)
-        rate = (config.final_learning_rate / config.learning_rate) ** (1 / config.steps)
-        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, rate)
+        schedule = CosineAnnealingLR(optimizer, config.steps, config.final_learning_rate)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
