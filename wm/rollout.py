@@ -53,8 +53,10 @@ def rollout(envs: VectorEnv, policy: Policy, seeds: Sequence[int]) -> Rollout:
         actions = policy(observation)
         _check_finite(actions, running, seeds, steps)
         observation, reward, terminated, truncated, _ = envs.step(actions)
-        terminated, truncated = torch.as_tensor(terminated), torch.as_tensor(truncated)
-        returns += torch.as_tensor(reward) * running
+        reward, terminated, truncated = (  # dreams may be on another device
+            torch.as_tensor(values).cpu() for values in (reward, terminated, truncated)
+        )
+        returns += reward * running
         steps += running
         dead |= terminated & running
         running &= ~(terminated | truncated)
@@ -67,7 +69,7 @@ def _check_finite(
     finite = torch.as_tensor(actions).isfinite()
     if finite.all():  # at every step, so no more than this is done as a rule
         return
-    lost = running & ~finite.reshape(len(seeds), -1).all(1)
+    lost = running & ~finite.cpu().reshape(len(seeds), -1).all(1)
     if lost.any():
         number = int(lost.int().argmax())
         raise WMError(

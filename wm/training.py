@@ -29,7 +29,7 @@ from tqdm import tqdm
 from wm import WMError
 from wm.config import bounded, one_line
 from wm.files import sha256, write_atomically
-from wm.ranks import leads, lost_rank, rows, summed, world_size
+from wm.ranks import leads, lost_rank, rank, rows, summed, world_size
 from wm.stages import CHECKPOINTS
 
 KEPT_CHECKPOINTS = 2
@@ -165,6 +165,16 @@ def fit(
             ) from None
     if trainer.interrupted or trainer.global_step < data.steps:
         raise KeyboardInterrupt
+
+
+def device(config: TrainerConfig) -> str:
+    """Where this rank's frames are encoded and its dreams dreamt: where Lightning trains V and M.
+
+    That is so on CUDA; beside other accelerators it is the CPU.
+    """
+    if config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return f"cuda:{rank() % config.devices}"
+    return "cpu"
 
 
 def _strategy(module: L.LightningModule) -> Any:

@@ -9,7 +9,7 @@ from gymnasium.utils.env_checker import check_env
 
 import wm  # noqa: F401 (registers the dreams)
 from wm.rollout import UniformPolicy, rollout
-from wm.worldmodels.dream import FAINT, NOISE_STEPS
+from wm.worldmodels.dream import FAINT, NOISE_STEPS, DreamEnv
 from wm.worldmodels.engine import dream_step
 
 GAMES = pytest.mark.parametrize(
@@ -249,3 +249,15 @@ def test_an_algorithm_of_others_learns_in_a_dream(saved):
     after = list(learner.policy.parameters())
     assert all(parameter.isfinite().all() for parameter in after)
     assert any((a != b).any() for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("end", ["expected", "calibrated"])
+def test_a_dream_and_its_controller_are_where_the_agent_is(make_agent, monkeypatch, end):
+    """On the meta device, whose tensors cannot be mixed with a CPU's, nor counted."""
+    agent = make_agent(action_noise=0.1, end=end).to("meta")
+    monkeypatch.setattr(DreamEnv, "_leave_out", lambda envs, terminated: None)
+    envs, policy = agent.dreams(3), agent.controller()
+    observation, _ = envs.reset(seed=[0, 1, 1])
+    for _ in range(2):
+        observation, *rest, _ = envs.step(policy(observation))
+        assert observation.is_meta and all(flags.is_meta for flags in rest)

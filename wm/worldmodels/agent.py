@@ -4,6 +4,7 @@ The files are safetensors and YAML, so that reading a stranger's agent runs no c
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -108,6 +109,12 @@ class Agent:
         agent = cls(config, vision.eval(), memory.eval(), weights, starts)
         agent._check_shapes(folder)
         return agent
+
+    def to(self, device: torch.device | str) -> "Agent":
+        """A copy of the agent on a device: it plays on the CPU and dreams anywhere."""
+        V, M = (deepcopy(module).to(device) for module in (self.vision, self.memory))
+        starts = Starts(*(tensor.to(device) for tensor in self.starts))
+        return Agent(self.config, V, M, self.weights.to(device), starts)
 
     def _check_shapes(self, folder: Path) -> None:
         """That C and the starts are of the configuration's sizes, as V and M are already."""

@@ -43,6 +43,8 @@ class DreamEnv(VectorEnv):
     long, which has the mean of "calibrated" returns without the chance of when a dream ends.
     "never": it goes on to the horizon.
 
+    It runs on the device that M is on.
+
     Args:
         config: features, temperature, horizon, start and end of the dream.
         vision: for render() only.
@@ -65,18 +67,18 @@ class DreamEnv(VectorEnv):
         compiled: bool = False,
     ):
         self.memory, self.starts, self.config, self.vision = memory.eval(), starts, config, vision
-        self.num_envs = num_envs
+        self.num_envs, self.place = num_envs, memory.device
         self.metadata = {**self.metadata, "render_fps": STEPS_PER_SECOND[game] / repeat}
         self.features = FEATURES[config.features]
         self.weights = join_weights(memory, PRECISIONS[config.precision], repeat)
-        self.temperature = torch.tensor(config.temperature)
+        self.temperature = torch.tensor(config.temperature, device=self.place)
         self.advance = fused_step() if compiled else dream_step
         self.single_observation_space = feature_space(
             config.features, memory.latent, memory.config.hidden
         )
         self.single_action_space = action_space(game)
         space = self.single_action_space
-        self.limits = torch.from_numpy(space.low), torch.from_numpy(space.high)  # [A] each
+        self.limits = [torch.from_numpy(a).to(self.place) for a in (space.low, space.high)]  # [A]
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
@@ -86,20 +88,20 @@ class DreamEnv(VectorEnv):
         seeds = self._seeds(seed)
         distinct, index = np.unique(seeds, return_inverse=True)
         sizes = self.memory.uniform_size, self.memory.latent, len(self.limits[0])
-        self.noise = _Noise(distinct.tolist(), *sizes, self._bar)
-        self.index = torch.from_numpy(index)
+        self.noise = _Noise(distinct.tolist(), *sizes, self._bar, self.place)
+        self.index = torch.from_numpy(index).to(self.place)
         start = self.noise.start(len(self.starts.latent))[self.index]
-        start = torch.as_tensor((options or {}).get("start", start))
+        start = torch.as_tensor((options or {}).get("start", start), device=self.place)
         self.latent, self.state = self.starts.pick(start)
-        self.active = torch.arange(self.num_envs)  # the dreams that are computed
-        self.ended = torch.zeros(self.num_envs, dtype=torch.bool)  # of those
-        self.alive = torch.ones(self.num_envs)  # the probability of having lived so long
+        self.active = torch.arange(self.num_envs, device=self.place)  # the dreams computed
+        self.ended = torch.zeros_like(self.active, dtype=torch.bool)  # of those
+        self.alive = torch.ones_like(self.ended, dtype=torch.float32)  # the chance of having lived
         self.steps = 0
         return self.features(self.latent, self.state), {}
 
     @torch.inference_mode()
     def step(self, actions: Any):
-        actions = torch.as_tensor(actions, dtype=torch.float32)
+        actions = torch.as_tensor(actions, dtype=torch.float32, device=self.place)
         if len(self.active) < self.num_envs:
             actions = actions[self.active]
         noise, mixtures = self.noise.at(self.steps), self.memory.config.mixtures
@@ -111,7 +113,8 @@ class DreamEnv(VectorEnv):
         )
         self.steps += 1
         reward, terminated = self._live_on(reward, end, noise.bar[self.index])
-        truncated = torch.full((self.num_envs,), self.steps >= self.config.horizon)
+        over = self.steps >= self.config.horizon
+        truncated = torch.full((self.num_envs,), over, device=self.place)
         everywhere = [self._among_all(values) for values in (observation, reward, terminated)]
         self._leave_out(terminated)
         return *everywhere, truncated, {}
@@ -180,6 +183,7 @@ class _Noise:
     Args:
         uniforms, normals, actions: how many numbers a step takes.
         bar: makes a bar for the end of a uniform number.
+        place: where they are needed; they are drawn on the CPU, the same for every device.
     """
 
     def __init__(
@@ -189,10 +193,12 @@ class _Noise:
         normals: int,
         actions: int,
         bar: Callable[[Tensor], Tensor],
+        place: torch.device,
     ):
+        self.place = place
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.uniforms, self.normals, self.actions, self.bar = uniforms, normals, actions, bar
-        self.first = torch.cat([torch.rand(1, generator=g) for g in self.generators])
+        self.first = torch.cat([torch.rand(1, generator=g) for g in self.generators]).to(place)
 
     def start(self, count: int) -> Tensor:
         return (self.first * count).long().clamp(max=count - 1)
@@ -207,7 +213,8 @@ class _Noise:
         return Noise(*(numbers[step % NOISE_STEPS] for numbers in self.steps))
 
     def _draw(self, draw: Callable[..., Tensor], size: int) -> Tensor:
-        return torch.stack([draw(NOISE_STEPS, size, generator=g) for g in self.generators], dim=1)
+        drawn = [draw(NOISE_STEPS, size, generator=g) for g in self.generators]
+        return torch.stack(drawn, dim=1).to(self.place)
 
 
 class SingleDream(gym.Env):

@@ -185,6 +185,7 @@ def dream_fitness(
     seeds: Callable[[int], list[int]],
     part: int,
     compiled: bool,
+    device: str = "cpu",
 ) -> Fitness:
     """The mean return over dreams; every candidate of a generation dreams the same seeds.
 
@@ -195,12 +196,13 @@ def dream_fitness(
     Args:
         folder: of the agent whose V, M and starts are dreamt with.
         part: dreams of a part, at most; there are two parts at least.
+        device: where they are dreamt.
     """
 
     def fitness(candidates: Tensor, generation: int) -> Tensor:
         episodes = seeds(generation)
         size = max(1, min(part // len(episodes), -(-len(candidates) // 2)))
-        task = partial(dream_returns, folder, episodes, compiled)
+        task = partial(dream_returns, folder, episodes, compiled, device)
         places = torch.arange(len(candidates)).split(size)[rank() :: world_size()]
         parts = [candidates[place].numpy() for place in places]
         returns = torch.zeros(len(candidates), dtype=torch.float64)
@@ -212,19 +214,19 @@ def dream_fitness(
 
 
 def dream_returns(
-    folder: Path, seeds: list[int], compiled: bool, candidates: np.ndarray
+    folder: Path, seeds: list[int], compiled: bool, device: str, candidates: np.ndarray
 ) -> np.ndarray:
     """The mean returns [P] of candidates [P,n] over dreams of an agent."""
-    agent = _dreaming_agent(folder)
+    agent = _dreaming_agent(folder, device)
     envs = agent.dreams(len(candidates) * len(seeds), compiled)
-    policy = agent.controller(torch.from_numpy(candidates))
+    policy = agent.controller(torch.from_numpy(candidates).to(device))
     result = rollout(envs, policy, seeds * len(candidates))
     return result.returns.unflatten(0, (len(candidates), -1)).mean(1).numpy()
 
 
 @lru_cache(maxsize=1)
-def _dreaming_agent(folder: Path) -> Agent:
-    return Agent.load(folder)
+def _dreaming_agent(folder: Path, device: str) -> Agent:
+    return Agent.load(folder).to(device)
 
 
 def mean_return(outcomes: list[Outcome]) -> float:

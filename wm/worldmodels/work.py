@@ -37,7 +37,7 @@ from wm.files import cannot_write
 from wm.ranks import leads, rank, summed, world_size
 from wm.rollout import rollout
 from wm.tracking import StageRun, read_metrics
-from wm.training import Busy, StepsData, TrainerConfig, fit
+from wm.training import Busy, StepsData, TrainerConfig, device, fit
 from wm.workers import Outcome, RandomPlayer, Workers
 from wm.worldmodels import pictures
 from wm.worldmodels.agent import (
@@ -126,8 +126,8 @@ def train_vision(
         return {}
     save_tensors(folder / "vision.safetensors", model.cpu().eval().state_dict())
     with run.busy():
-        encode_store(model, store, folder / "latents", known)
-    draw_vision(model, store, folder, run)
+        encode_store(model.to(device(trainer)), store, folder / "latents", known)
+    draw_vision(model.cpu(), store, folder, run)
     return last_metrics(folder, "vision/val_", "vision/active")
 
 
@@ -271,14 +271,15 @@ def evolve_controller(
         play = partial(play_candidate, workers, config.env, folder / "agent")
         if settings.fitness == "dream":
             where = folder / "agent"
-            fitness = dream_fitness(workers, where, seeds, settings.part, trainer.compile)
+            how = settings.part, trainer.compile, device(trainer)
+            fitness = dream_fitness(workers, where, seeds, *how)
         else:
             fitness = real_fitness(play, seeds, run)
         judges = validation_seeds(settings.validation_episodes)
         module = Evolution(agent.weights, fitness, lambda weights: play(weights, judges))
         data = StepsData(int, [0], settings.generations, settings.validate_every)
         callbacks = [AskAndTell(make_strategy), Busy(run)]
-        here = replace(trainer, accelerator="cpu")  # dreams, float64 means and workers live there
+        here = replace(trainer, accelerator="cpu")  # float64 means live there
         fit(module, data, folder, here, run.loggers, log_every=1, callbacks=callbacks)
     if not leads():
         return {}
