@@ -67,18 +67,18 @@ class DreamEnv(VectorEnv):
         compiled: bool = False,
     ):
         self.memory, self.starts, self.config, self.vision = memory.eval(), starts, config, vision
-        self.num_envs, self.place = num_envs, memory.device
+        self.num_envs, self.device = num_envs, memory.device
         self.metadata = {**self.metadata, "render_fps": STEPS_PER_SECOND[game] / repeat}
         self.features = FEATURES[config.features]
         self.weights = join_weights(memory, PRECISIONS[config.precision], repeat)
-        self.temperature = torch.tensor(config.temperature, device=self.place)
+        self.temperature = torch.tensor(config.temperature, device=self.device)
         self.advance = fused_step() if compiled else dream_step
         self.single_observation_space = feature_space(
             config.features, memory.latent, memory.config.hidden
         )
         self.single_action_space = action_space(game)
         space = self.single_action_space
-        self.limits = [torch.from_numpy(a).to(self.place) for a in (space.low, space.high)]  # [A]
+        self.limits = [torch.from_numpy(a).to(self.device) for a in (space.low, space.high)]  # [A]
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
@@ -88,12 +88,12 @@ class DreamEnv(VectorEnv):
         seeds = self._seeds(seed)
         distinct, index = np.unique(seeds, return_inverse=True)
         sizes = self.memory.uniform_size, self.memory.latent, len(self.limits[0])
-        self.noise = _Noise(distinct.tolist(), *sizes, self._bar, self.place)
-        self.index = torch.from_numpy(index).to(self.place)
+        self.noise = _Noise(distinct.tolist(), *sizes, self._bar, self.device)
+        self.index = torch.from_numpy(index).to(self.device)
         start = self.noise.start(len(self.starts.latent))[self.index]
-        start = torch.as_tensor((options or {}).get("start", start), device=self.place)
+        start = torch.as_tensor((options or {}).get("start", start), device=self.device)
         self.latent, self.state = self.starts.pick(start)
-        self.active = torch.arange(self.num_envs, device=self.place)  # the dreams computed
+        self.active = torch.arange(self.num_envs, device=self.device)  # the dreams computed
         self.ended = torch.zeros_like(self.active, dtype=torch.bool)  # of those
         self.alive = torch.ones_like(self.ended, dtype=torch.float32)  # the chance of having lived
         self.steps = 0
@@ -101,7 +101,7 @@ class DreamEnv(VectorEnv):
 
     @torch.inference_mode()
     def step(self, actions: Any):
-        actions = torch.as_tensor(actions, dtype=torch.float32, device=self.place)
+        actions = torch.as_tensor(actions, dtype=torch.float32, device=self.device)
         if len(self.active) < self.num_envs:
             actions = actions[self.active]
         noise, mixtures = self.noise.at(self.steps), self.memory.config.mixtures
@@ -114,7 +114,7 @@ class DreamEnv(VectorEnv):
         self.steps += 1
         reward, terminated = self._live_on(reward, end, noise.bar[self.index])
         over = self.steps >= self.config.horizon
-        truncated = torch.full((self.num_envs,), over, device=self.place)
+        truncated = torch.full((self.num_envs,), over, device=self.device)
         everywhere = [self._among_all(values) for values in (observation, reward, terminated)]
         self._leave_out(terminated)
         return *everywhere, truncated, {}
@@ -183,7 +183,7 @@ class _Noise:
     Args:
         uniforms, normals, actions: how many numbers a step takes.
         bar: makes a bar for the end of a uniform number.
-        place: where they are needed; they are drawn on the CPU, the same for every device.
+        device: where they are needed; they are drawn on the CPU, the same for every device.
     """
 
     def __init__(
@@ -193,12 +193,12 @@ class _Noise:
         normals: int,
         actions: int,
         bar: Callable[[Tensor], Tensor],
-        place: torch.device,
+        device: torch.device,
     ):
-        self.place = place
+        self.device = device
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.uniforms, self.normals, self.actions, self.bar = uniforms, normals, actions, bar
-        self.first = torch.cat([torch.rand(1, generator=g) for g in self.generators]).to(place)
+        self.first = torch.cat([torch.rand(1, generator=g) for g in self.generators]).to(device)
 
     def start(self, count: int) -> Tensor:
         return (self.first * count).long().clamp(max=count - 1)
@@ -214,7 +214,7 @@ class _Noise:
 
     def _draw(self, draw: Callable[..., Tensor], size: int) -> Tensor:
         drawn = [draw(NOISE_STEPS, size, generator=g) for g in self.generators]
-        return torch.stack(drawn, dim=1).to(self.place)
+        return torch.stack(drawn, dim=1).to(self.device)
 
 
 class SingleDream(gym.Env):

@@ -202,7 +202,7 @@ def dream_fitness(
     def fitness(candidates: Tensor, generation: int) -> Tensor:
         episodes = seeds(generation)
         size = max(1, min(part // len(episodes), -(-len(candidates) // 2)))
-        task = partial(dream_returns, folder, episodes, compiled, device)
+        task = partial(dream_returns, folder, episodes, compiled, device=device)
         places = torch.arange(len(candidates)).split(size)[rank() :: world_size()]
         parts = [candidates[place].numpy() for place in places]
         returns = torch.zeros(len(candidates), dtype=torch.float64)
@@ -214,7 +214,7 @@ def dream_fitness(
 
 
 def dream_returns(
-    folder: Path, seeds: list[int], compiled: bool, device: str, candidates: np.ndarray
+    folder: Path, seeds: list[int], compiled: bool, candidates: np.ndarray, device: str = "cpu"
 ) -> np.ndarray:
     """The mean returns [P] of candidates [P,n] over dreams of an agent."""
     agent = _dreaming_agent(folder, device)
