@@ -18,6 +18,7 @@ from wm.training import (
     SafeCheckpointIO,
     StepsData,
     TrainerConfig,
+    device,
     fit,
     newest_checkpoint,
     step_noise,
@@ -227,6 +228,18 @@ def test_noise_depends_on_seed_and_step_alone():
     torch.rand(5)
     assert draw(1, 2) == draw(1, 2)
     assert len({tuple(draw(seed, step)) for seed in range(4) for step in range(50)}) == 200
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "there", "where"),
+    [("gpu", True, "cuda:1"), ("gpu", False, "cpu"), ("auto", True, "cpu"), ("cpu", True, "cpu")],
+)
+def test_ranks_dream_on_their_own_gpu_only_if_that_is_asked_for(
+    monkeypatch, as_rank, accelerator, there, where
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    as_rank(3, 4)  # the second on the second machine
+    assert device(TrainerConfig(accelerator=accelerator, devices=2, num_nodes=2)) == where
 
 
 def test_the_ranks_noise_is_that_of_one_process(as_rank):

@@ -168,11 +168,11 @@ def fit(
 
 
 def device(config: TrainerConfig) -> str:
-    """Where this rank's frames are encoded and its dreams dreamt: where Lightning trains V and M.
+    """Where this rank's frames are encoded and its dreams dreamt.
 
-    That is so on CUDA; beside other accelerators it is the CPU.
+    On its CUDA device if that is asked for; else on the CPU, as everything that was measured.
     """
-    if config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+    if config.accelerator in ("gpu", "cuda") and torch.cuda.is_available():
         return f"cuda:{rank() % config.devices}"
     return "cpu"
 

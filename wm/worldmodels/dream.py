@@ -49,7 +49,7 @@ class DreamEnv(VectorEnv):
         config: features, temperature, horizon, start and end of the dream.
         vision: for render() only.
         repeat: steps of the game in one of the dream; each pays 1 where M has no reward head.
-        compiled: fuse the step, which takes seconds at first and pays off for many dreams.
+        compiled: fuse the step on a CPU, which takes seconds at first and pays off for many dreams.
     """
 
     metadata = {"render_modes": ["rgb_array"], "autoreset_mode": AutoresetMode.DISABLED}
@@ -72,7 +72,8 @@ class DreamEnv(VectorEnv):
         self.features = FEATURES[config.features]
         self.weights = join_weights(memory, PRECISIONS[config.precision], repeat)
         self.temperature = torch.tensor(config.temperature, device=self.device)
-        self.advance = fused_step() if compiled else dream_step
+        fused = compiled and self.device.type == "cpu"
+        self.advance = fused_step() if fused else dream_step
         self.single_observation_space = feature_space(
             config.features, memory.latent, memory.config.hidden
         )
