@@ -227,13 +227,16 @@ def test_the_last_round_is_scored_where_no_mean_is_chosen(tiny):
 
 
 def test_tuning_goes_on_in_the_real_game_with_the_same_models(tiny):
-    first, tuned = tiny.stage("controller-0", "tuning=3"), tiny.stage("controller-1", "tuning=3")
+    words = "tuning.generations=3", "tuning.population=6"
+    first, tuned = tiny.stage("controller-0", *words), tiny.stage("controller-1", *words)
     assert first.fingerprint == tiny.stage("controller-0").fingerprint
     assert tuned.inputs["controller"].label == "controller-0"
     assert {label for label in tuned.inputs} == {"collect-0", "vision", "memory", "controller"}
     settings = tuned.config["config"]["controller"]
-    assert (settings["fitness"], settings["generations"]) == ("real", 3)
-    judged = tiny.stage("evaluate", "tuning=3").inputs
+    sizes = settings["generations"], settings["population"]
+    assert (settings["fitness"], *sizes) == ("real", 3, 6)
+    assert first.config["config"]["controller"]["population"] != 6
+    judged = tiny.stage("evaluate", *words).inputs
     assert [stage.label for stage in judged.values()] == ["controller-0", "controller-1"]
 
 

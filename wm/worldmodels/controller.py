@@ -45,6 +45,16 @@ class ControllerConfig:
     keep: Literal["best", "mean"] = "best"  # by validation score, or the last mean
 
 
+@dataclass(frozen=True)
+class TuningConfig:
+    """What is different when C goes on in the real game, where every candidate plays."""
+
+    generations: int = bounded(0, 0)  # 0: C does not
+    population: int = bounded(16, 4)
+    episodes: int = bounded(4, 1)
+    validate_every: int = bounded(5, 1)
+
+
 def parameter_count(config: ControllerConfig, features: int, actions: int) -> int:
     """Weights of one candidate: 867 in the paper's CarRacing, 1,088 in take-cover."""
     return sum(

@@ -6,7 +6,7 @@ the real game. The agent of the round with the best validation score is evaluate
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from wm.training import TrainerConfig
 from wm.workers import RandomPlayer, Workers
 from wm.worldmodels import report, work
 from wm.worldmodels.agent import FILES, Agent, AgentConfig, AgentPlayer, find_agent
-from wm.worldmodels.controller import ControllerConfig
+from wm.worldmodels.controller import ControllerConfig, TuningConfig
 from wm.worldmodels.mdnrnn import MemoryConfig
 from wm.worldmodels.vae import VisionConfig
 from wm.worlds import require_world
@@ -55,7 +55,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     scale: str = "laptop"
     rounds: int = bounded(1, 1, 10)
-    tuning: int = bounded(0, 0)  # generations of C in the real game, after the last round
+    tuning: TuningConfig = field(default_factory=TuningConfig)  # of C, after the last round
     seed: int = bounded(0, 0, 1999)
     runs: str = "runs"  # the folder of everything that is made
     minutes: int = bounded(0, 0)  # measured on 2 cores and said up front; 0: not measured
@@ -90,8 +90,8 @@ def stages(config: Config) -> list[Stage]:
         evolved = {"config": now.agent, "seed": seed, "round": r}
         C = {"controller": make("controller", work.evolve_controller, data | V | M | C, evolved, r)}
         graph += [collect, V["vision"], M["memory"], C["controller"]]
-    if config.tuning:
-        real = replace(config.controller, fitness="real", generations=config.tuning)
+    if config.tuning.generations:
+        real = replace(config.controller, fitness="real", **asdict(config.tuning))
         r, tuned = config.rounds, replace(config.agent, controller=real)
         evolved = {"config": tuned, "seed": seed, "round": r}
         C = {"controller": make("controller", work.evolve_controller, data | V | M | C, evolved, r)}
