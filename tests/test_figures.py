@@ -61,6 +61,13 @@ def series(*values):
     return figures.Series(values, values - 1, values + 1, np.full(len(values), np.nan))
 
 
+def test_a_series_alone_needs_no_name():
+    alone = figures.Series(*[np.full(2, 1.0)] * 3, np.array([5, np.nan]), line=4.0)
+    figure = figures.panels({"a": {"": alone}}, ["1", "2"], "size")
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["ours", "published", "random policy"]
+
+
 @pytest.mark.parametrize(
     "labels, scale, places",
     [

@@ -120,14 +120,16 @@ def _place(axis: Axes, labels: Sequence[str]) -> tuple[np.ndarray, str]:
 
 
 def _draw(axis: Axes, x: np.ndarray, values: Series, name: str, colour: str, style: str) -> None:
-    axis.plot(x, values.y, style, color=colour, label=name, markersize=4)
+    """A series under its name; one without a name is the only one, and ours."""
+    axis.plot(x, values.y, style, color=colour, label=name or "ours", markersize=4)
     bars = np.isfinite(values.low)
     axis.vlines(x[bars], values.low[bars], values.high[bars], color=colour, linewidth=1.5)
     if np.isfinite(values.published).any():
         light = {"color": colour, "alpha": 0.45, "markersize": 7}
-        axis.plot(x, values.published, "D", label=f"{name}, published", **light)
+        axis.plot(x, values.published, "D", label=f"{name}, published".removeprefix(", "), **light)
     if values.line is not None:
-        axis.axhline(values.line, color=colour, linestyle=":", label=f"{name}, random policy")
+        label = f"{name}, random policy".removeprefix(", ")
+        axis.axhline(values.line, color=colour, linestyle=":", label=label)
 
 
 def stacked(pictures: Mapping[str, Path]) -> Figure:

@@ -146,7 +146,7 @@ def draw(grid: Grid, rows: Sequence[Row]) -> figures.Figure:
     labels = list(dict.fromkeys(row.cell.values[last] for row in rows))
     series: dict[str, dict[str, Row]] = {}
     for row in rows:
-        name = ", ".join(row.cell.values[axis] for axis in others) or "ours"
+        name = ", ".join(row.cell.values[axis] for axis in others)
         series.setdefault(name, {})[row.cell.values[last]] = row
     panels = {
         metric: {
