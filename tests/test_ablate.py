@@ -39,6 +39,7 @@ published:
   - {at: {vision.beta: 1, controller.temperature: 0.5}, eval/mean: 20 ± 3}
   - {by: them, at: {vision.beta: 7}, eval/mean: 1 ± 1}
 pictures: vision/seen.png
+at: {smoke: {base: {memory.mixtures: 4}}}
 """
 CELLS = [(beta, tau) for beta in ("0.1", "1") for tau in ("0.5", "1.0")]
 
@@ -152,7 +153,9 @@ def test_a_grid_shares_stages_and_ends_in_a_table_a_figure_and_runs(grid, runs):
     assert iio.imread(folder / "figure.png").size and iio.imread(folder / "pictures.png").size
 
     client, (parent,), children = mlflow_runs(runs, grid.name)
-    assert parent.info.status == "FINISHED" and parent.data.params["env.name"] == "tiny"
+    shown = parent.data.params
+    assert parent.info.status == "FINISHED" and shown["env.name"] == "tiny"
+    assert shown["memory.mixtures"] == "4"  # of the base at this scale
     artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert artifacts == {"config.yaml", "table.csv", "table.md", "figure.png", "pictures.png"}
     assert len(children) == 12

@@ -117,7 +117,7 @@ def test_there_are_grids():
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("scale", ["smoke", "paper"])  # the least and the most
+@pytest.mark.parametrize("scale", ["smoke", "demo", "laptop", "paper"])
 def test_every_cell_of_every_grid_is_a_pipeline_of_its_own(path, scale):
     grid = at_scale(read_grid(path), scale)
     graphs = [stages(load(Config, [*cell.words, f"scale={scale}"])) for cell in cells(grid)]

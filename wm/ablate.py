@@ -112,8 +112,8 @@ def make_plan(family: Family, words: Sequence[str]) -> Plan:
         raise ConfigError("the seeds of a grid are chosen together: seeds=[0,1,2]")
     options = merge(Options, dotlist(chosen))
     grid, source = read_grid(Path(files[0])), Path(files[0])
+    grid = at_scale(grid, load(family.Config, base_words(grid, others)).scale)
     base = load(family.Config, base_words(grid, others))
-    grid = at_scale(grid, base.scale)
     grid = replace(grid, seeds=list(dict.fromkeys(options.seeds or grid.seeds)))
     if options.publish and len(grid.seeds) < LEAST_SEEDS:
         raise ConfigError(f"what is published needs {LEAST_SEEDS} training seeds at least")

@@ -198,6 +198,8 @@ def test_running_again_skips_every_stage(tiny, capsys):
         ("collect.later_episodes=7", {"report"}),
         ("vision.later_steps=7", {"report"}),
         ("memory.later_steps=7", {"report"}),
+        ("tuning.population=6", {"report"}),
+        ("tuning.generations=1", {"evaluate", "report"}),
     ],
 )
 def test_a_change_concerns_its_stage_and_those_below(change, again, tiny):
@@ -233,8 +235,8 @@ def test_tuning_goes_on_in_the_real_game_with_the_same_models(tiny):
     assert tuned.inputs["controller"].label == "controller-0"
     assert {label for label in tuned.inputs} == {"collect-0", "vision", "memory", "controller"}
     settings = tuned.config["config"]["controller"]
-    sizes = settings["generations"], settings["population"]
-    assert (settings["fitness"], *sizes) == ("real", 3, 6)
+    names = "fitness", "generations", "population", "episodes", "validate_every"
+    assert [settings[name] for name in names] == ["real", 3, 6, 4, 5]
     assert first.config["config"]["controller"]["population"] != 6
     judged = tiny.stage("evaluate", *words).inputs
     assert [stage.label for stage in judged.values()] == ["controller-0", "controller-1"]
