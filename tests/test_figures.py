@@ -56,6 +56,16 @@ def test_a_video_is_read_back_frame_by_frame(width, tmp_path):
     assert iio.immeta(path)["codec"] == "h264"  # what browsers play
 
 
+def test_a_small_picture_looks_the_same_in_fewer_bytes(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    drawn = [figures.frame_rows({"noise": frames}) for _ in range(2)]
+    full = figures.save(drawn[0], tmp_path / "full.png")
+    small = figures.save_small(drawn[1], tmp_path / "small.png")
+    assert small.stat().st_size < full.stat().st_size / 2
+    before, after = (iio.imread(path)[..., :3].astype(float) for path in (full, small))
+    assert np.abs(before - after).mean() < 20  # of noise, which has all colours
+
+
 def series(*values):
     values = np.array(values, float)
     return figures.Series(values, values - 1, values + 1, np.full(len(values), np.nan))

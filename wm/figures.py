@@ -7,6 +7,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import matplotlib
 import numpy as np
+from PIL import Image
 
 matplotlib.use("Agg")  # no display is needed
 from matplotlib import pyplot as plt
@@ -14,11 +15,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 WIDE = 20  # the factor that a linear axis shows
+COLOURS = 64
 
 
 def save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
+    return path
+
+
+def save_small(figure: Figure, path: Path) -> Path:
+    """A picture of many frames, in 64 colours: a third of the size, since it may be kept in git."""
+    with Image.open(save(figure, path)) as image:
+        small = image.convert("RGB").quantize(COLOURS)
+    small.save(path, optimize=True)
     return path
 
 
@@ -121,15 +131,15 @@ def _place(axis: Axes, labels: Sequence[str]) -> tuple[np.ndarray, str]:
 
 def _draw(axis: Axes, x: np.ndarray, values: Series, name: str, colour: str, style: str) -> None:
     """A series under its name; one without a name is the only one, and ours."""
+    whose = f"{name}, " if name else ""
     axis.plot(x, values.y, style, color=colour, label=name or "ours", markersize=4)
     bars = np.isfinite(values.low)
     axis.vlines(x[bars], values.low[bars], values.high[bars], color=colour, linewidth=1.5)
     if np.isfinite(values.published).any():
         light = {"color": colour, "alpha": 0.45, "markersize": 7}
-        axis.plot(x, values.published, "D", label=f"{name}, published".removeprefix(", "), **light)
+        axis.plot(x, values.published, "D", label=f"{whose}published", **light)
     if values.line is not None:
-        label = f"{name}, random policy".removeprefix(", ")
-        axis.axhline(values.line, color=colour, linestyle=":", label=label)
+        axis.axhline(values.line, color=colour, linestyle=":", label=f"{whose}random policy")
 
 
 def stacked(pictures: Mapping[str, Path]) -> Figure:

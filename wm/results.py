@@ -47,7 +47,7 @@ def write_results(grid: Grid, trials: Sequence[Trial], command: str, folder: Pat
     files = [folder / "table.csv", folder / "table.md"]
     files.append(figures.save(draw(grid, rows), folder / "figure.png"))
     if grid.pictures and (shown := pictures(grid, rows)):
-        files.append(figures.save(figures.stacked(shown), folder / "pictures.png"))
+        files.append(figures.save_small(figures.stacked(shown), folder / "pictures.png"))
     return files
 
 

@@ -1,8 +1,8 @@
 """The paper's stages in order: collect, vision, memory, controller; then evaluate and report.
 
 `rounds` repeats the first four with the newest controller as collector: all data is kept, V and M
-go on from the last round, and evolution starts from its last mean. `tuning` adds an evolution in
-the real game. The agent of the round with the best validation score is evaluated.
+go on from the last round, and evolution starts from its last mean. The agent of the round with the
+best validation score is evaluated; if `tuning` adds an evolution in the real game, the tuned one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -99,7 +99,8 @@ def stages(config: Config) -> list[Stage]:
     evaluation = {"env": env, "evaluation": config.evaluate}
     graph.append(make("baseline", work.play_baseline, {}, baseline(config)))
     every = {stage.label: stage for stage in graph if stage.name == "controller"}
-    judged = every if config.controller.keep == "best" else C
+    choose = config.controller.keep == "best" and not config.tuning.generations
+    judged = every if choose else C
     graph.append(make("evaluate", work.evaluate_agent, judged, evaluation))
     everything = {stage.label: stage for stage in graph}
     shown = {"config": result_config(config)}
