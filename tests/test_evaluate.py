@@ -70,10 +70,16 @@ def test_where_episodes_do_not_differ_the_interval_is_that_of_the_seeds():
 
 def test_the_variances_of_both_levels_add_up():
     generator = np.random.default_rng(5)
-    seeds, episodes = 40, 25
-    returns = generator.normal(0, 1, (seeds, 1)) + generator.normal(0, 5, (seeds, episodes))
-    expected = 2 * 1.96 * np.sqrt(returns.mean(1).var() / seeds + returns.var(1).mean() / 1000)
+    seeds, games = generator.normal(0, 1, (40, 1)), generator.normal(0, 2, 50)
+    returns = seeds + games
+    expected = 2 * 1.96 * np.sqrt(seeds.var() / 40 + games.var() / 50)
     assert width(score_of_seeds(returns)) == pytest.approx(expected, rel=0.05)
+
+
+def test_what_all_trainings_share_does_not_average_out_between_them():
+    returns = np.random.default_rng(6).exponential(300, size=100)
+    thrice, once = score_of_seeds([returns] * 3), score(returns)
+    assert width(thrice) == pytest.approx(width(once), rel=0.05)
 
 
 def test_every_held_out_seed_is_played_exactly_once_and_kept(workers, tmp_path):
