@@ -46,7 +46,8 @@ def sync(runs: Path) -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     parents, sent = {}, 0  # runs by the folders of their records
     folders = [path.parent for path in sorted(runs.glob(f"{RECORDS}/*/{RECORD}"))]
-    folders += [path.parent for path in sorted(runs.glob(f"[!.]*/*/{RECORD}"))]
+    for places in ("[!.]*", "[!.]*/*"):
+        folders += [path.parent for path in sorted(runs.glob(f"{places}/{RECORD}"))]
     try:
         client = MlflowClient(uri)
         for folder in folders:
@@ -76,7 +77,7 @@ def _sync_unlocked(client: MlflowClient, runs: Path, folder: Path, parents: dict
 def _sync_run(
     client: MlflowClient, runs: Path, folder: Path, record: RunRecord, parents: dict[str, str]
 ) -> int:
-    artifacts = runs / "artifacts" / record.experiment
+    artifacts = inside(runs / "artifacts", record.experiment)
     experiment = open_experiment(client, record.experiment, artifacts)
     parent = parents.get(record.parent, record.parent)
     found = find_run(client, experiment, tags_below(record, parent))
@@ -131,5 +132,6 @@ def _missing_files(
         listed = client.list_artifacts(run_id, under)
         there = {PurePosixPath(file.path).name: file.file_size for file in listed}
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            file = inside(folder, str(file.relative_to(folder)))
             if file.is_file() and there.get(file.name) != file.stat().st_size:
                 yield file, under

@@ -26,7 +26,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from wm import WMError
 from wm.config import one_line
-from wm.files import cannot_write
+from wm.files import cannot_write, inside
 from wm.ranks import rank
 from wm.server import (
     AGENT_TAG,
@@ -97,7 +97,7 @@ class LocalRecord(Logger):
 def read_metrics(folder: Path) -> dict[str, dict[int, float]]:
     """{metric: {step: value}} of a stage's local record; lines that are none are passed over."""
     history: dict[str, dict[int, float]] = {}
-    path = folder / METRICS
+    path = inside(folder, METRICS)
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)

@@ -252,6 +252,29 @@ def test_a_record_that_names_a_file_elsewhere_sends_nothing(tmp_path, capsys):
     assert not list((tmp_path / "runs").rglob("secret"))
 
 
+@pytest.mark.parametrize(
+    ("experiment", "artifacts"), [("../../out", []), ("tiny", [["agent", None]])]
+)
+def test_a_record_whose_experiment_or_link_leads_elsewhere_sends_nothing(
+    experiment, artifacts, tmp_path, capsys
+):
+    folder, secret = tmp_path / "runs" / "tiny" / "vision-0-abc", tmp_path / "secret"
+    (folder / "agent").mkdir(parents=True)
+    secret.write_text("secret")
+    (folder / "agent" / "weights").symlink_to(secret)
+    RunRecord(experiment, "vision-0", {}, {}, {}, artifacts=artifacts).save(folder)
+    sync(tmp_path / "runs")
+    assert "leads out of it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "runs" / "artifacts").rglob("weights"))
+
+
+def test_measurements_that_are_a_link_are_not_read(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/zero")
+    with pytest.raises(WMError, match="leads out of it"):
+        read_metrics(tmp_path)
+
+
 def test_an_agent_that_is_a_link_to_other_files_is_refused(tmp_path):
     (tmp_path / "agent").mkdir()
     (tmp_path / "agent" / "config.yaml").symlink_to(tmp_path / "elsewhere.yaml")
