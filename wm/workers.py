@@ -66,6 +66,10 @@ def play(env: EnvConfig, player: Player, seeds: Sequence[int]) -> list[Outcome]:
         game.close()
 
 
+def _play_chunk(env: EnvConfig, chunk: tuple[Player, Sequence[int]]) -> list[Outcome]:
+    return play(env, *chunk)
+
+
 def _outcome(envs: VectorEnv, policy: Policy, seed: int, repeat: int) -> Outcome:
     result = rollout(envs, policy, [seed])
     steps = int(result.steps.item()) * repeat
@@ -101,7 +105,13 @@ class Workers:
         ending.start()
         ending.join(SECONDS_TO_END)
 
-    def map(self, task: Callable, items: Sequence[Any], timeout: float) -> Iterator[Any]:
+    def map(
+        self,
+        task: Callable,
+        items: Sequence[Any],
+        timeout: float,
+        name: Callable[[Any], str] = "a game at {}".format,
+    ) -> Iterator[Any]:
         """Yield task(item) in order; a crashed or stuck process is replaced, its item retried.
 
         Raises:
@@ -118,7 +128,7 @@ class Workers:
                         raise
                     if attempt == ATTEMPTS:
                         raise WMError(
-                            f"a game failed {ATTEMPTS} times at {item}: "
+                            f"{name(item)} failed {ATTEMPTS} times: "
                             f"{type(failure).__name__} {failure}"
                         ) from failure
                     future = self.pool.schedule(task, args=(item,), timeout=timeout)
@@ -126,9 +136,20 @@ class Workers:
 
     def play(self, env: EnvConfig, player: Player, seeds: Sequence[int]) -> Iterator[Outcome]:
         """One outcome per seed, in the order of the seeds."""
-        size = max(1, min(4, len(seeds) // self.count))
-        chunks = [seeds[i : i + size] for i in range(0, len(seeds), size)]
-        for outcomes in self.map(partial(play, env, player), chunks, time_limit(env, size)):
+        return self.play_all(env, [(player, seeds)])
+
+    def play_all(
+        self, env: EnvConfig, games: Sequence[tuple[Player, Sequence[int]]]
+    ) -> Iterator[Outcome]:
+        """One outcome per seed of each player, in their order; all are at play together."""
+        size = max(1, min(4, sum(len(seeds) for _, seeds in games) // self.count))
+        chunks = [
+            (player, seeds[first : first + size])
+            for player, seeds in games
+            for first in range(0, len(seeds), size)
+        ]
+        task, limit = partial(_play_chunk, env), time_limit(env, size)
+        for outcomes in self.map(task, chunks, limit, lambda chunk: f"a game at {chunk[1]}"):
             yield from outcomes
 
 

@@ -76,5 +76,5 @@ def test_where_wm_is_killed_amid_a_game_no_process_is_left(
 
 def test_an_engine_that_is_always_lost_is_given_up_with_its_seed(workers, tmp_path):
     saboteur = Saboteur(partial(strike, signal.SIGKILL), tmp_path / "diary", times=99)
-    with pytest.raises(WMError, match=r"a game failed 3 times at \[3\]"):
+    with pytest.raises(WMError, match=r"a game at \[3\] failed 3 times"):
         list(workers.map(partial(play, TAKE_COVER, saboteur), [[3]], SECONDS))

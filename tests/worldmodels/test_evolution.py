@@ -158,7 +158,7 @@ def dreamt(make_agent, workers, tmp_path):
         agent = make_agent()
         agent.save(tmp_path)
         seeds = lambda generation: [generation, generation + 100]  # noqa: E731
-        return dream_fitness(pool, tmp_path, seeds, part, compiled=False), agent.weights
+        return dream_fitness(pool, tmp_path, seeds, part, 100, compiled=False), agent.weights
 
     return make
 

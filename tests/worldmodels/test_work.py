@@ -22,7 +22,7 @@ from wm.episodes import EpisodeStore
 from wm.evaluate import EvaluateConfig
 from wm.files import hashes
 from wm.training import TrainerConfig
-from wm.workers import RandomPlayer
+from wm.workers import RandomPlayer, play
 from wm.worldmodels import work
 from wm.worldmodels.agent import Agent, AgentConfig, AgentPlayer, load_weights, save_tensors
 from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
@@ -33,7 +33,7 @@ from wm.worldmodels.work import (
     dream_score,
     encode_store,
     evaluate_agent,
-    play_candidate,
+    play_candidates,
     train_memory,
     train_vision,
 )
@@ -81,18 +81,27 @@ def test_the_round_with_the_highest_validation_score_is_the_best(tmp_path):
     assert best_round({"agent": tmp_path}) == "agent"  # alone it needs no score
 
 
+def test_candidates_play_side_by_side_what_each_plays_alone(saved, workers):
+    agent, env = saved("tiny"), EnvConfig("tiny", 20)
+    weights = Agent.load(agent).weights
+    both = play_candidates(workers, env, agent, torch.stack([weights, -weights]), [7, 8, 9])
+    for candidate, outcomes in zip((weights, -weights), both, strict=True):
+        assert outcomes == play(env, AgentPlayer(agent, candidate), [7, 8, 9])
+
+
 def test_the_ranks_games_add_up_to_those_of_one_process(saved, workers, as_rank, monkeypatch):
     tables = []
     monkeypatch.setattr(work, "summed", lambda table: tables.append(table) or table)
     weights = Agent.load(saved("tiny")).weights
-    whole = play_candidate(workers, EnvConfig("tiny", 20), saved("tiny"), weights, [7, 8, 9])
-    assert [outcome.seed for outcome in whole] == [7, 8, 9]
-    for rank in range(2):
-        as_rank(rank, 2)
-        play_candidate(workers, EnvConfig("tiny", 20), saved("tiny"), weights, [7, 8, 9])
+    both, seeds = torch.stack([weights, -weights]), [7, 8, 9]
+    play_candidates(workers, EnvConfig("tiny", 20), saved("tiny"), both, seeds)
+    for rank in range(4):
+        as_rank(rank, 4)
+        play_candidates(workers, EnvConfig("tiny", 20), saved("tiny"), both, seeds)
     one, *parts = tables
     assert torch.equal(sum(parts), one)
-    assert all((part == 0).all(1).any() for part in parts)
+    played = [(part != 0).any(-1).sum() for part in parts]
+    assert played == [2, 2, 1, 1]
 
 
 @pytest.fixture

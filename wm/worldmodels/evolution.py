@@ -25,7 +25,7 @@ from wm.workers import Outcome, Workers
 from wm.worldmodels.agent import Agent
 from wm.worldmodels.controller import ControllerConfig
 
-DREAM_SECONDS = 600.0  # after which a part of a generation is taken for stuck
+SECONDS_PER_DREAM_STEP = 1e-3  # a core that is slower by far is stuck
 
 Fitness = Callable[[Tensor, int], Tensor]  # (candidates [P,n], generation) -> returns [P]
 RealGame = Callable[[Tensor], list[Outcome]]  # weights [n] -> episodes on validation seeds
@@ -184,6 +184,7 @@ def dream_fitness(
     folder: Path,
     seeds: Callable[[int], list[int]],
     part: int,
+    horizon: int,
     compiled: bool,
     device: str = "cpu",
 ) -> Fitness:
@@ -196,8 +197,11 @@ def dream_fitness(
     Args:
         folder: of the agent whose V, M and starts are dreamt with.
         part: dreams of a part, at most; there are two parts at least.
+        horizon: steps of a dream, at most.
         device: where they are dreamt.
     """
+
+    limit = 600.0 + SECONDS_PER_DREAM_STEP * part * horizon  # the first has to be compiled
 
     def fitness(candidates: Tensor, generation: int) -> Tensor:
         episodes = seeds(generation)
@@ -206,7 +210,8 @@ def dream_fitness(
         places = torch.arange(len(candidates)).split(size)[rank() :: world_size()]
         parts = [candidates[place].numpy() for place in places]
         returns = torch.zeros(len(candidates), dtype=torch.float64)
-        for place, dreamt in zip(places, workers.map(task, parts, DREAM_SECONDS), strict=True):
+        dreams = workers.map(task, parts, limit, lambda part: f"dreaming of {len(part)} candidates")
+        for place, dreamt in zip(places, dreams, strict=True):
             returns[place] = torch.from_numpy(dreamt)
         return summed(returns)
 

@@ -268,15 +268,20 @@ def evolve_controller(
         STRATEGIES[settings.optimizer], settings, agent.weights.double().numpy(), search_seed
     )
     with Workers(trainer.workers) as workers:
-        play = partial(play_candidate, workers, config.env, folder / "agent")
+        play = partial(play_candidates, workers, config.env, folder / "agent")
         if settings.fitness == "dream":
             where = folder / "agent"
-            how = settings.part, trainer.compile, device(trainer)
+            how = settings.part, settings.horizon, trainer.compile, device(trainer)
             fitness = dream_fitness(workers, where, seeds, *how)
         else:
             fitness = real_fitness(play, seeds, run)
         judges = validation_seeds(settings.validation_episodes)
-        module = Evolution(agent.weights, fitness, lambda weights: play(weights, judges))
+
+        def real_game(weights: Tensor) -> list[Outcome]:
+            with run.busy():
+                return play(weights[None], judges)[0]
+
+        module = Evolution(agent.weights, fitness, real_game)
         data = StepsData(int, [0], settings.generations, settings.validate_every)
         callbacks = [AskAndTell(make_strategy), Busy(run)]
         here = replace(trainer, accelerator="cpu")  # float64 means live there
@@ -316,29 +321,37 @@ def generation_seeds(episodes: int, seed: int, round: int, generation: int) -> l
     return (sequence.generate_state(episodes) % VALIDATION_SEEDS).tolist()
 
 
-def play_candidate(
-    workers: Workers, env: EnvConfig, agent: Path, weights: Tensor, seeds: Sequence[int]
-) -> list[Outcome]:
-    """An episode for each seed, of which every rank plays its share and hears of all."""
-    mine = slice(rank(), None, world_size())
-    table = torch.zeros(len(seeds), len(fields(Outcome)), dtype=torch.float64)
-    played = [astuple(o) for o in workers.play(env, AgentPlayer(agent, weights), seeds[mine])]
-    table[mine] = torch.tensor(played, dtype=torch.float64).reshape(-1, table.shape[1])
+def play_candidates(
+    workers: Workers, env: EnvConfig, agent: Path, candidates: Tensor, seeds: Sequence[int]
+) -> list[list[Outcome]]:
+    """An episode of each candidate [P,n] for each seed [E], P lists of E outcomes.
+
+    Every rank plays its share, all of it side by side, and hears of all.
+    """
+    mine = torch.arange(len(candidates) * len(seeds)) % world_size() == rank()
+    mine = mine.unflatten(0, (len(candidates), len(seeds)))
+    games = [
+        (AgentPlayer(agent, weights), [seeds[e] for e in its.nonzero().flatten().tolist()])
+        for weights, its in zip(candidates, mine, strict=True)
+    ]
+    table = torch.zeros(*mine.shape, len(fields(Outcome)), dtype=torch.float64)
+    played = [astuple(outcome) for outcome in workers.play_all(env, games)]
+    table[mine] = torch.tensor(played, dtype=torch.float64).reshape(-1, table.shape[2])
     return [
-        Outcome(int(seed), episode_return, int(steps), bool(terminated))
-        for seed, episode_return, steps, terminated in summed(table).tolist()
+        [Outcome(int(seed), gain, int(steps), bool(end)) for seed, gain, steps, end in outcomes]
+        for outcomes in summed(table).tolist()
     ]
 
 
 def real_fitness(
-    play: Callable[[Tensor, list[int]], list[Outcome]],
+    play: Callable[[Tensor, list[int]], list[list[Outcome]]],
     seeds: Callable[[int], list[int]],
     run: StageRun,
 ) -> Fitness:
     """The mean return in the real game behind V and M; its steps are counted in the run."""
 
     def fitness(candidates: Tensor, generation: int) -> Tensor:
-        played = [play(weights, seeds(generation)) for weights in candidates]
+        played = play(candidates, seeds(generation))
         steps = sum(outcome.steps for outcomes in played for outcome in outcomes)
         run.log_metrics({"controller/fitness_steps": steps}, generation)
         return torch.tensor([mean_return(outcomes) for outcomes in played], dtype=torch.float64)

@@ -44,11 +44,12 @@ def save_dreamer(folder: Path, game: str, precision: str = "32-true") -> Agent:
 
 def dream_rate(workers: Workers, folder: Path, agent: Agent, population: int = POPULATION) -> Rate:
     """Dream steps a second of a generation."""
-    part, seeds = agent.config.controller.part, list(range(EPISODES))
-    fitness = dream_fitness(workers, folder, lambda _: seeds, part, compiled=True)
+    config, seeds = agent.config.controller, list(range(EPISODES))
+    sizes = config.part, config.horizon
+    fitness = dream_fitness(workers, folder, lambda _: seeds, *sizes, compiled=True)
     candidates = 0.1 * torch.randn(population, agent.parameters)
     fitness(candidates, 0)  # compiles
-    steps = population * EPISODES * agent.config.controller.horizon
+    steps = population * EPISODES * config.horizon
     return lambda: timed(steps, lambda: fitness(candidates, 0))
 
 
@@ -72,9 +73,11 @@ def products_rate(workers: Workers, folder: Path, agent: Agent) -> Rate:
 
     def multiplied(steps: int) -> float:
         task = partial(multiply, folder, steps)
-        return seconds(lambda: list(workers.map(task, range(workers.count), 600.0)))
+        return seconds(lambda: list(workers.map(task, range(side_by_side), 600.0)))
 
-    dreams = workers.count * agent.config.controller.part
+    part = agent.config.controller.part
+    side_by_side = min(workers.count, POPULATION * EPISODES // part)  # as the dreams are
+    dreams = side_by_side * part
     return lambda: dreams * 1000 / (multiplied(1010) - multiplied(10))
 
 

@@ -65,7 +65,8 @@ def fitness_in(
     def seeds(generation: int) -> list[int]:
         return list(range(generation * DREAMS, (generation + 1) * DREAMS))
 
-    return dream_fitness(workers, folder, seeds, controller.part, compiled)
+    sizes = controller.part, controller.horizon
+    return dream_fitness(workers, folder, seeds, *sizes, compiled)
 
 
 def correlations(exact: Fitness, rough: Fitness, candidates: Tensor) -> dict[str, float]:
