@@ -195,7 +195,7 @@ def run_labelled(label: str, words: Sequence[str]) -> None:
     graph = stages(config)
     stage = next(stage for stage in graph if stage.label == label)
     with open_tracker(config, graph) as tracker:
-        run_stage(stage, tracker, f"wm {stage.name} {' '.join(words)}")
+        run_stage(stage, tracker, f"wm {stage.name} {' '.join(words)}", wait=True)
         if stage is graph[-1]:
             tracker.summarise(summary(graph), scored_controller(graph))
 

@@ -126,7 +126,9 @@ def measured(
     config: dict[str, Any], records: dict[str, Any], inputs: dict[str, Path]
 ) -> list[dict[str, Any]]:
     where = {"dream": "dream", "real": "real game"}[config["controller"]["fitness"]]
-    if where == "dream" and config["controller"]["keep"] == "best":
+    if config["tuning"]["generations"]:
+        where += ", then real game"
+    elif where == "dream" and config["controller"]["keep"] == "best":
         where = "dream; chosen on validation seeds of the real game"
     rows = []
     for who, place, label, prefix in (
