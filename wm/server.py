@@ -71,13 +71,13 @@ class Server:
         self.client = self.attempt(MlflowClient, uri)
         self.started, self.waited = time.monotonic(), 0.0  # a new database takes its time
 
-    def attempt(self, do: Callable[..., T], *arguments: Any, **options: Any) -> T | None:
+    def attempt(self, do: Callable[..., T], *arguments: Any) -> T | None:
         """What `do` returns, or None when MLflow does not answer or has ceased to."""
         if not self.answers:
             return None
         began = time.monotonic()
         try:
-            result = do(*arguments, **options)
+            result = do(*arguments)
         except Exception as error:
             self._give_up(one_line(error))
             return None

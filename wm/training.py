@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -51,7 +51,6 @@ class TrainerConfig:
     accelerator: str = "auto"
     devices: int = bounded(1, 1)  # of each machine, with a process for each: see wm/ranks.py
     num_nodes: int = bounded(1, 1)  # machines
-    strategy: Literal["auto", "ddp"] = "auto"  # of several devices: both words mean the same
     workers: int = bounded(0, 0)  # processes that play and dream; 0: one for every core
     compile: bool = True  # the dream's step, where there is a C++ compiler
 
