@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 from wm import WMError, results, schedule
 from wm.ablate import ablate
 from wm.config import ConfigError, load
-from wm.evaluate import Score
+from wm.evaluate import Score, score_of_seeds
 from wm.grid import Grid, cells
 from wm.stages import Stage, run_stage
 from wm.worldmodels.pipeline import Config
@@ -147,6 +147,7 @@ def test_a_grid_shares_stages_and_ends_in_a_table_a_figure_and_runs(grid, runs):
     page = (folder / "table.md").read_text()
     for part in ("which is best?", "the second.", "Training seeds: 3 (0, 1, 2), 2 episodes each"):
         assert part in page
+    assert "seed by seed and game by game: 0 of 6 pairs" in page
     assert "| 1 | 0.5 | 2.000 ± 1.000 [1.000, 3.000] | 20.0 ± " in page
     assert "] | 20 ± 3 | 3 |" in page and "vision.beta 7, by them, eval/mean 1 ± 1" in page
     assert f"wm ablate {grid.name}.yaml scale=smoke" in page and "stages made at c0ffee" in page
@@ -225,6 +226,28 @@ def test_the_random_policy_is_a_line_where_it_has_one_score(means, line):
     rows = [SimpleNamespace(cell=cell, scores={"random/mean": s, "eval/mean": s}) for s in of]
     assert results.series_of(grid, "eval/mean", rows).line == line
     assert results.series_of(grid, "random/mean", rows).line is None
+
+
+def test_cells_are_told_apart_by_the_games_and_seeds_that_both_have():
+    generator = np.random.default_rng(0)
+    games = generator.normal(800, 400, (3, 100))  # as of three trainings
+
+    def row(name, returns, seeds=(0, 1, 2), **values):
+        its = [
+            SimpleNamespace(
+                seed=seed, finished=True, fact=lambda m: 1.0, returns=lambda m, s=seed: returns[s]
+            )
+            for seed in seeds
+        ]
+        return SimpleNamespace(cell=SimpleNamespace(name=name, values=values), trials=its)
+
+    better = games + generator.normal(30, 20, games.shape)
+    rows = [row("good", better), row("plain", games, seeds=[2, 0]), row("plain too", games)]
+    (text,) = results.told_apart([*rows, row("other game", games + 99, env="carracing")])
+    assert "2 of 3 pairs (about 1 would be by chance alone)" in text
+    gain = results.shown(score_of_seeds((better - games)[[0, 2]]))
+    assert f"- plain is below good by {gain}" in text and "- plain too is below good by" in text
+    assert results.told_apart([rows[0], row("other", games, seeds=[])]) == []
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import csv
 import io
 import re
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from wm.evaluate import CONFIDENCE, Score
 from wm.files import write_atomically
 from wm.grid import Cell, Grid, matches, published
 from wm.tracking import git_commit
-from wm.trials import Trial, together
+from wm.trials import Trial, difference, together
 
 PARTS = ("mean", "std", "ci_low", "ci_high")
 RANDOM = "random/mean"  # drawn as a line beside the agents' scores
@@ -87,6 +88,7 @@ def table_md(grid: Grid, rows: Sequence[Row], command: str) -> str:
         f"Published: {grid.answer}",
         "\n".join(lines),
         caption(rows),
+        *told_apart(rows),
         *_elsewhere(grid, rows),
         *(f"**Not finished:** {t.name}" for row in rows for t in row.trials if not t.finished),
         f"```\n{command}\n```",
@@ -107,10 +109,33 @@ def caption(rows: Sequence[Row]) -> str:
     )
 
 
+def told_apart(rows: Sequence[Row]) -> list[str]:
+    """Which cells of a game differ by more than chance; [] where there are none to compare."""
+    pairs = []
+    for one, other in combinations(rows, 2):
+        if one.cell.values.get("env") == other.cell.values.get("env"):
+            by = difference(one.trials, other.trials, SCORE)
+            if by and by.mean < 0:
+                one, other, by = other, one, difference(other.trials, one.trials, SCORE)
+            pairs += [(one.cell.name, other.cell.name, by)] if by else []
+    apart = [pair for pair in pairs if pair[2].ci_low > 0]
+    if not pairs:
+        return []
+    chance = f"about {round((1 - CONFIDENCE) * len(pairs)) or 1} would be by chance alone"
+    lines = [
+        f"Told apart by {SCORE}, seed by seed and game by game: {len(apart)} of {len(pairs)} pairs "
+        f"({chance})."
+    ]
+    lines += [f"- {lower} is below {upper} by {shown(by)}" for lower, upper, by in apart]
+    return ["\n".join(lines)]
+
+
 def commits(rows: Sequence[Row]) -> str:
     """Of this table, and of the stages that it is made from."""
-    stages = [s for row in rows for trial in row.trials for s in trial.pipeline.stages if s.done]
-    made_at = sorted({stage.record["versions"]["commit"] for stage in stages})
+    trials = [trial for row in rows for trial in row.trials]
+    distinct = {stage.fingerprint: stage for t in trials for stage in t.pipeline.stages}
+    records = [record for stage in distinct.values() if (record := stage.record)]
+    made_at = sorted({record["versions"]["commit"] for record in records})
     return f"Table at commit {git_commit()}; stages made at {', '.join(made_at) or 'none'}."
 
 

@@ -67,9 +67,11 @@ class Trial:
 
     def returns(self, metric: str) -> list[float]:
         """The episodes whose mean a metric is."""
-        stages = self.pipeline.stages
-        folder = next(s.folder for s in stages if s.done and metric in s.record["facts"])
-        return read_returns(folder / RETURNS[metric])
+        for stage in reversed(self.pipeline.stages):  # the first has thousands of files
+            record = stage.record
+            if record and metric in record["facts"]:
+                return read_returns(stage.folder / RETURNS[metric])
+        raise KeyError(metric)
 
     def metrics(self, names: Sequence[str]) -> dict[str, float]:
         """Of this trial alone; with means over episodes their deviation and interval."""
@@ -107,3 +109,19 @@ def together(trials: Sequence[Trial], metric: str) -> Score | None:
         return Score(float(np.mean(values)), math.nan, math.nan, math.nan, 1, len(values))
     over = score(values)
     return Score(over.mean, over.std, over.ci_low, over.ci_high, 1, len(values))
+
+
+def difference(lower: Sequence[Trial], upper: Sequence[Trial], metric: str) -> Score | None:
+    """How much more the second cell's episodes return, each than that of the same seed and game.
+
+    None if no seed of both cells has finished, or the metric is no mean over episodes of games.
+    """
+    finished = [
+        {t.seed: t.returns(metric) for t in trials if t.finished and t.fact(metric) is not None}
+        for trials in (lower, upper)
+    ]
+    seeds = sorted(finished[0].keys() & finished[1].keys())
+    if not seeds:
+        return None
+    one, other = (np.array([returns[seed] for seed in seeds]) for returns in finished)
+    return score_of_seeds(other - one)
