@@ -152,13 +152,13 @@ def test_the_best_mean_by_validation_is_kept(tmp_path):
 
 @pytest.fixture
 def dreamt(make_agent, workers, tmp_path):
-    """dreamt(pool, part): the fitness of a small agent's dreams, of 2 seeds each."""
+    """dreamt(pool, part, compiled): the fitness of a small agent's dreams, of 2 seeds each."""
 
-    def make(pool=workers, part=512):
+    def make(pool=workers, part=512, compiled=False):
         agent = make_agent()
         agent.save(tmp_path)
         seeds = lambda generation: [generation, generation + 100]  # noqa: E731
-        return dream_fitness(pool, tmp_path, seeds, part, 100, compiled=False), agent.weights
+        return dream_fitness(pool, tmp_path, seeds, part, 100, compiled), agent.weights
 
     return make
 
@@ -174,9 +174,10 @@ def test_candidates_meet_the_same_dreams_and_differ_by_their_weights_alone(dream
     assert fitness(other[None], 1) != alone  # another generation, other dreams
 
 
-def test_fitness_is_bit_for_bit_the_same_on_one_and_two_processes(dreamt, workers):
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_fitness_is_bit_for_bit_the_same_on_one_and_two_processes(compiled, dreamt, workers):
     with Workers(1) as alone:
-        fitness = [dreamt(pool, part=6)[0] for pool in (alone, workers)]
+        fitness = [dreamt(pool, 6, compiled)[0] for pool in (alone, workers)]
         candidates = torch.randn(7, len(dreamt()[1]), dtype=torch.float64)
         one, two = (try_all(candidates, 0) for try_all in fitness)
     assert torch.equal(one, two)
