@@ -97,6 +97,7 @@ def test_panels_place_numbers_as_such_and_names_side_by_side(labels, scale, plac
     assert (left.get_title(), right.get_title(), left.get_xlabel()) == ("a", "b", "size")
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["ours", "theirs", "theirs, published", "theirs, random policy"]
+    assert (left.get_lines()[1].get_xdata() > places).all()
     (bars,) = (lines for lines in left.collections if len(lines.get_segments()) == 3)
     np.testing.assert_array_equal(bars.get_segments()[0], [[places[0], 2], [places[0], 4]])
     assert iio.imread(figures.save(figure, tmp_path / "panels.png"))[..., :3].std() > 5

@@ -93,8 +93,7 @@ def panels(
     for axis, (metric, series) in zip(axes.flat, panels.items(), strict=False):
         x, style = _place(axis, labels)
         for number, (name, values) in enumerate(series.items()):
-            aside = 0.1 * number if style == "o" else 0.0  # so that bars do not hide each other
-            _draw(axis, x + aside, values, name, f"C{number}", style)
+            _draw(axis, _aside(axis, x, number), values, name, f"C{number}", style)
         if wide(np.concatenate([values.y for values in series.values()])):
             axis.set_yscale("log")
         axis.set(xlabel=x_label, title=metric)
@@ -127,6 +126,14 @@ def _place(axis: Axes, labels: Sequence[str]) -> tuple[np.ndarray, str]:
     axis.set_xticks(x, labels, rotation=30 * crowded, ha="right" if crowded else "center")
     axis.minorticks_off()
     return x, style
+
+
+def _aside(axis: Axes, x: np.ndarray, number: int) -> np.ndarray:
+    """Where the so manieth series stands: a little aside, so that no bar hides another."""
+    share = 0.012 * number
+    if axis.get_xscale() == "log":
+        return x * (x.max() / x.min()) ** share
+    return x + share * max(np.ptp(x), 1.0)
 
 
 def _draw(axis: Axes, x: np.ndarray, values: Series, name: str, colour: str, style: str) -> None:
