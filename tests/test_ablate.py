@@ -244,7 +244,7 @@ def test_cells_are_told_apart_by_the_games_and_seeds_that_both_have():
     better = games + generator.normal(30, 20, games.shape)
     rows = [row("good", better), row("plain", games, seeds=[2, 0]), row("plain too", games)]
     (text,) = results.told_apart([*rows, row("other game", games + 99, env="carracing")])
-    assert "2 of 3 pairs (about 1 would be by chance alone)" in text
+    assert "2 of 3 pairs (by chance alone one in 20)" in text
     gain = results.shown(score_of_seeds((better - games)[[0, 2]]))
     assert f"- plain is below good by {gain}" in text and "- plain too is below good by" in text
     assert results.told_apart([rows[0], row("other", games, seeds=[])]) == []

@@ -121,10 +121,9 @@ def told_apart(rows: Sequence[Row]) -> list[str]:
     apart = [pair for pair in pairs if pair[2].ci_low > 0]
     if not pairs:
         return []
-    chance = f"about {round((1 - CONFIDENCE) * len(pairs)) or 1} would be by chance alone"
     lines = [
         f"Told apart by {SCORE}, seed by seed and game by game: {len(apart)} of {len(pairs)} pairs "
-        f"({chance})."
+        f"(by chance alone one in {round(1 / (1 - CONFIDENCE))})."
     ]
     lines += [f"- {lower} is below {upper} by {shown(by)}" for lower, upper, by in apart]
     return ["\n".join(lines)]
