@@ -14,7 +14,7 @@ from wm.evaluate import CONFIDENCE, Score
 from wm.files import write_atomically
 from wm.grid import Cell, Grid, matches, published
 from wm.tracking import git_commit
-from wm.trials import Trial, difference, together
+from wm.trials import Trial, difference, returns_by_seed, together
 
 PARTS = ("mean", "std", "ci_low", "ci_high")
 RANDOM = "random/mean"  # drawn as a line beside the agents' scores
@@ -111,22 +111,24 @@ def caption(rows: Sequence[Row]) -> str:
 
 def told_apart(rows: Sequence[Row]) -> list[str]:
     """Which cells of a game differ by more than chance; [] where there are none to compare."""
-    pairs = []
-    for one, other in combinations(rows, 2):
-        if one.cell.values.get("env") == other.cell.values.get("env"):
-            by = difference(one.trials, other.trials, SCORE)
-            if by and by.mean < 0:
-                one, other, by = other, one, difference(other.trials, one.trials, SCORE)
-            pairs += [(one.cell.name, other.cell.name, by)] if by else []
-    apart = [pair for pair in pairs if pair[2].ci_low > 0]
-    if not pairs:
-        return []
-    lines = [
-        f"Told apart by {SCORE}, seed by seed and game by game: {len(apart)} of {len(pairs)} pairs "
+    games: dict[str | None, dict[str, dict[int, list[float]]]] = {}
+    for row in rows:
+        cells = games.setdefault(row.cell.values.get("env"), {})
+        cells[row.cell.name] = returns_by_seed(row.trials, SCORE)
+    pairs, apart = 0, []
+    for cells in games.values():
+        for one, other in combinations(cells, 2):
+            by = difference(cells[one], cells[other])
+            if by and by.ci_high < 0:
+                one, other, by = other, one, difference(cells[other], cells[one])
+            if by and by.ci_low > 0:
+                apart.append(f"- {one} is below {other} by {shown(by)}")
+            pairs += by is not None
+    head = (
+        f"Told apart by {SCORE}, seed by seed and game by game: {len(apart)} of {pairs} pairs "
         f"(by chance alone one in {round(1 / (1 - CONFIDENCE))})."
-    ]
-    lines += [f"- {lower} is below {upper} by {shown(by)}" for lower, upper, by in apart]
-    return ["\n".join(lines)]
+    )
+    return ["\n".join([head, *apart])] if pairs else []
 
 
 def commits(rows: Sequence[Row]) -> str:

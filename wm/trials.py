@@ -111,17 +111,19 @@ def together(trials: Sequence[Trial], metric: str) -> Score | None:
     return Score(over.mean, over.std, over.ci_low, over.ci_high, 1, len(values))
 
 
-def difference(lower: Sequence[Trial], upper: Sequence[Trial], metric: str) -> Score | None:
-    """How much more the second cell's episodes return, each than that of the same seed and game.
+def returns_by_seed(trials: Sequence[Trial], metric: str) -> dict[int, list[float]]:
+    """The episodes of a cell's finished trials that know a mean over episodes."""
+    known = [t for t in trials if t.finished and t.fact(metric) is not None]
+    return {trial.seed: trial.returns(metric) for trial in known}
 
-    None if no seed of both cells has finished, or the metric is no mean over episodes of games.
+
+def difference(one: dict[int, list[float]], other: dict[int, list[float]]) -> Score | None:
+    """How much more the other cell's episodes return, each than that of the same seed and game.
+
+    None if the two, returns by training seed, have no seed in common.
     """
-    finished = [
-        {t.seed: t.returns(metric) for t in trials if t.finished and t.fact(metric) is not None}
-        for trials in (lower, upper)
-    ]
-    seeds = sorted(finished[0].keys() & finished[1].keys())
+    seeds = sorted(one.keys() & other.keys())
     if not seeds:
         return None
-    one, other = (np.array([returns[seed] for seed in seeds]) for returns in finished)
-    return score_of_seeds(other - one)
+    ours, theirs = (np.array([returns[seed] for seed in seeds]) for returns in (one, other))
+    return score_of_seeds(theirs - ours)

@@ -86,6 +86,19 @@ def test_absent_from_the_start(tmp_path, free_port, monkeypatch, capsys):
     check_told_once(f"sqlite:///{tmp_path}/mlflow.db", vision)
 
 
+def test_what_is_no_stage_is_sent_later_too(tmp_path, free_port, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port}")
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    with Tracker(tmp_path, CONFIG, "bench") as tracker, tracker.child("b", "now", folder) as run:
+        run.log_metrics({"ratio": 2.0})
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    sync(tmp_path)
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert {"ratio": 2.0} in [run.data.metrics for run in runs]
+
+
 def test_the_cells_of_a_grid_are_told_apart_later(tmp_path, free_port, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port}")
     with Tracker(tmp_path, CONFIG, "a grid", None, "ablation-grid", "grid-smoke") as tracker:

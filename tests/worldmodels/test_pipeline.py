@@ -21,10 +21,11 @@ from wm.config import load
 from wm.data import Latents
 from wm.envs import VALIDATION_SEEDS, as_vector, held_out_seeds, make_env, training_seeds
 from wm.episodes import EpisodeStore
-from wm.evaluate import read_returns
+from wm.evaluate import read_returns, write_outcomes
 from wm.files import hashes, sha256
 from wm.stages import CHECKPOINTS, DONE
 from wm.training import TrainerConfig
+from wm.workers import Outcome
 from wm.worldmodels import bundle, pipeline, report
 from wm.worldmodels.agent import AgentPlayer
 from wm.worldmodels.pipeline import Config, stages
@@ -133,6 +134,25 @@ def test_the_report_shows_the_score_and_refers_to_no_other_file(game, finished):
     assert "url(" not in page and "@import" not in page and "<script" not in page
     facts = run.stage("evaluate").record["facts"]
     assert f"{facts['eval/mean']:.1f} ± {facts['eval/std']:.1f}" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        ([], "dream; chosen on validation seeds of the real game"),
+        (["controller.keep=mean"], "dream"),
+        (["tuning.generations=1"], "dream, then real game"),
+        (["controller.fitness=real"], "real game"),
+    ],
+)
+def test_the_report_says_where_c_was_evolved(words, where, tiny, tmp_path):
+    write_outcomes(tmp_path / "episodes.csv", [Outcome(0, 1.0, 1, True)])
+    numbers = ("mean", "std", "ci_low", "ci_high")
+    facts = {f"{prefix}/{number}": 1.0 for prefix in ("random", "eval") for number in numbers}
+    records = {label: {"facts": facts} for label in ("baseline", "evaluate")}
+    config = tiny.stage("report", *words).config["config"]
+    rows = report.measured(config, records, dict.fromkeys(records, tmp_path))
+    assert [row["where"] for row in rows] == ["-", where]
 
 
 def test_the_report_reads_what_it_is_said_to_read_and_nothing_else(tiny, tmp_path):

@@ -338,7 +338,10 @@ def play_candidates(
     played = [astuple(outcome) for outcome in workers.play_all(env, games)]
     table[mine] = torch.tensor(played, dtype=torch.float64).reshape(-1, table.shape[2])
     return [
-        [Outcome(int(seed), gain, int(steps), bool(end)) for seed, gain, steps, end in outcomes]
+        [
+            Outcome(int(seed), episode_return, int(steps), bool(terminated))
+            for seed, episode_return, steps, terminated in outcomes
+        ]
         for outcomes in summed(table).tolist()
     ]
 
