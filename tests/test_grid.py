@@ -24,6 +24,7 @@ metrics: [eval/mean, dream/mean]
 published:
   - {by: them, at: {memory.mixtures: 2}, eval/mean: 5 ± 1}
   - {by: others, at: {memory.mixtures: 2, data: much}, eval/mean: 7 ± 2}
+  - {at: {memory.mixtures: 1}, eval/mean: 3} # a bare number, by nobody
 at: {smoke: {seeds: [7], base: {vision.latent: 3}, axes: {memory.mixtures: [2]}}}
 """
 
@@ -87,7 +88,8 @@ def test_published_numbers_stand_beside_the_cells_that_they_name(grid):
     assert published(full, by_name["mixtures 2, much"], "eval/mean") == both
     assert published(full, by_name["mixtures 2, little"], "eval/mean") == "5 ± 1 (them)"
     assert published(full, by_name["mixtures 2, much"], "dream/mean") == ""
-    assert not any(matches(row, by_name["mixtures 1, much"]) for row in full.published)
+    assert published(full, by_name["mixtures 1, much"], "eval/mean") == "3"
+    assert not any(matches(row, by_name["mixtures many, much"]) for row in full.published)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,7 @@ def test_published_numbers_stand_beside_the_cells_that_they_name(grid):
         ("axes: {seed: [1]}", "", "must begin with a line '# Question: "),
         ("axes: {seed: [1", HEAD, "cannot read"),
         ("axes: {seed: 1}", HEAD, "axis seed"),
+        ("axes: {size: {a: 5}}", HEAD, "point 'a' of axis size sets no keys: 5"),
     ],
 )
 def test_a_wrong_file_is_refused_with_what_is_wrong(text, head, says, grid):

@@ -120,12 +120,16 @@ def matches(row: Mapping[str, Any], cell: Cell) -> bool:
 def published(grid: Grid, cell: Cell, metric: str) -> str:
     """The published score of a cell, as written, or nothing."""
     rows = [row for row in grid.published if metric in row and matches(row, cell)]
-    return "; ".join(f"{row[metric]} ({row['by']})" if "by" in row else row[metric] for row in rows)
+    said = [str(row[metric]) + (f" ({row['by']})" if "by" in row else "") for row in rows]
+    return "; ".join(said)
 
 
 def _points(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     """The points of an axis: how each is shown, and the keys that it sets."""
     if isinstance(values, Mapping):
+        for name, keys in values.items():
+            if not isinstance(keys or {}, Mapping):
+                raise ConfigError(f"point '{name}' of axis {axis} sets no keys: {keys}")
         return [(str(name), dict(keys or {})) for name, keys in values.items()]
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise ConfigError(f"axis {axis} is neither a list of values nor of named points: {values}")
