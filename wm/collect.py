@@ -104,10 +104,12 @@ def collect(
         missing = [chunk for chunk in share if not _is_there(folder, chunk)]
         if not missing:
             continue
-        _check_disk(env, sum(map(len, missing)), folder)
+        count, rest = sum(map(len, share)), sum(map(len, missing))
+        _check_disk(env, rest, folder)
         shards = workers.map(task, missing, time_limit(env, SHARD_EPISODES))
-        count, kept = sum(map(len, share)), (len(share) - len(missing)) * SHARD_EPISODES
-        with tqdm(None, "collect", count, initial=kept, unit="episode", disable=not leads()) as bar:
+        with tqdm(
+            None, "collect", count, initial=count - rest, unit="episode", disable=not leads()
+        ) as bar:
             for chunk, _ in zip(missing, shards, strict=True):
                 bar.update(len(chunk))
 
