@@ -48,7 +48,7 @@ HARMLESS = (  # advice of Lightning that does not fit: batches are made whole, f
 class TrainerConfig:
     """Where the work is done; no fingerprint covers it."""
 
-    accelerator: str = "auto"
+    accelerator: str = "cpu"  # as everything was measured; gpu, or another that Lightning knows
     devices: int = bounded(1, 1)  # of each machine, with a process for each: see wm/ranks.py
     num_nodes: int = bounded(1, 1)  # machines
     workers: int = bounded(0, 0)  # processes that play and dream; 0: one for every core
