@@ -222,7 +222,7 @@ def test_what_is_published_is_copied_beside_the_grid(grid, own_folder):
 )
 def test_the_random_policy_is_a_line_where_it_has_one_score(means, line):
     grid, (cell, *_) = Grid(), cells(Grid(axes={"seed": [0]}))
-    of = [Score(mean, 1.0, mean, mean, 2) for mean in means] or [None]
+    of = [Score(mean, 1.0, mean, mean) for mean in means] or [None]
     rows = [SimpleNamespace(cell=cell, scores={"random/mean": s, "eval/mean": s}) for s in of]
     assert results.series_of(grid, "eval/mean", rows).line == line
     assert results.series_of(grid, "random/mean", rows).line is None
@@ -244,7 +244,7 @@ def test_cells_are_told_apart_by_the_games_and_seeds_that_both_have():
     better = games + generator.normal(30, 20, games.shape)
     rows = [row("good", better), row("plain", games, seeds=[2, 0]), row("plain too", games)]
     (text,) = results.told_apart([*rows, row("other game", games + 99, env="carracing")])
-    assert "2 of 3 pairs (by chance alone one in 20)" in text
+    assert "2 of 3 pairs (by chance alone at least one in 20)" in text
     gain = results.shown(score_of_seeds((better - games)[[0, 2]]))
     assert f"- plain is below good by {gain}" in text and "- plain too is below good by" in text
     assert results.told_apart([rows[0], row("other", games, seeds=[])]) == []
@@ -255,7 +255,7 @@ def test_cells_are_told_apart_by_the_games_and_seeds_that_both_have():
     [(12345.6, "12,346"), (229.24, "229.2"), (2, "2.000"), (0.0, "0.000"), (0.00123, "0.00123")],
 )
 def test_small_numbers_are_shown_with_more_decimals(mean, text):
-    assert results.shown(Score(mean, nan, nan, nan, 1)) == text
+    assert results.shown(Score(mean, nan, nan, nan)) == text
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 
@@ -42,8 +42,9 @@ class Score:
     std: float
     ci_low: float
     ci_high: float
-    episodes: int
-    seeds: int = 1  # of training, where there are several
+
+
+PARTS = tuple(part.name for part in fields(Score))  # as facts and tables name them
 
 
 def score(returns: Sequence[float]) -> Score:
@@ -51,7 +52,7 @@ def score(returns: Sequence[float]) -> Score:
     values = np.asarray(returns, dtype=float)
     mean, std = float(values.mean()), float(values.std(ddof=1))
     if std == 0.0:
-        return Score(mean, std, mean, mean, len(values))
+        return Score(mean, std, mean, mean)
     interval = bootstrap(
         (values,),
         np.mean,
@@ -60,7 +61,7 @@ def score(returns: Sequence[float]) -> Score:
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return Score(mean, std, float(interval.low), float(interval.high), len(values))
+    return Score(mean, std, float(interval.low), float(interval.high))
 
 
 def score_of_seeds(returns: Sequence[Sequence[float]]) -> Score:
@@ -78,7 +79,7 @@ def score_of_seeds(returns: Sequence[Sequence[float]]) -> Score:
     means = np.einsum("rs,se,re->r", drawn[0], values, drawn[1], optimize=True)
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     mean, std = float(values.mean()), float(values.std(ddof=1))
-    return Score(mean, std, float(low), float(high), values.shape[1], values.shape[0])
+    return Score(mean, std, float(low), float(high))
 
 
 def play_held_out(

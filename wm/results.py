@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from wm import figures
-from wm.evaluate import CONFIDENCE, Score
+from wm.evaluate import CONFIDENCE, PARTS, Score
 from wm.files import write_atomically
 from wm.grid import Cell, Grid, matches, published
 from wm.tracking import git_commit
 from wm.trials import Trial, difference, returns_by_seed, together
 
-PARTS = ("mean", "std", "ci_low", "ci_high")
 RANDOM = "random/mean"  # drawn as a line beside the agents' scores
 SCORE = "eval/mean"
 
@@ -126,7 +125,7 @@ def told_apart(rows: Sequence[Row]) -> list[str]:
             pairs += by is not None
     head = (
         f"Told apart by {SCORE}, seed by seed and game by game: {len(apart)} of {pairs} pairs "
-        f"(by chance alone one in {round(1 / (1 - CONFIDENCE))})."
+        f"(by chance alone at least one in {round(1 / (1 - CONFIDENCE))})."
     )
     return ["\n".join([head, *apart])] if pairs else []
 

@@ -106,9 +106,8 @@ def together(trials: Sequence[Trial], metric: str) -> Score | None:
         return score_of_seeds([trial.returns(metric) for trial, _ in known])
     values = [value for _, value in known]
     if len(values) < LEAST_SEEDS:
-        return Score(float(np.mean(values)), math.nan, math.nan, math.nan, 1, len(values))
-    over = score(values)
-    return Score(over.mean, over.std, over.ci_low, over.ci_high, 1, len(values))
+        return Score(float(np.mean(values)), math.nan, math.nan, math.nan)
+    return score(values)
 
 
 def returns_by_seed(trials: Sequence[Trial], metric: str) -> dict[int, list[float]]:

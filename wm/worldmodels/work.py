@@ -477,12 +477,7 @@ def _keep_score(
     write_outcomes(folder / file, outcomes)
     run.log_file(folder / file)
     result = score([outcome.episode_return for outcome in outcomes])
-    return {
-        f"{name}/mean": result.mean,
-        f"{name}/std": result.std,
-        f"{name}/ci_low": result.ci_low,
-        f"{name}/ci_high": result.ci_high,
-    }
+    return {f"{name}/{part}": value for part, value in vars(result).items()}
 
 
 def draw_life(agent: Agent, episode: Episode, folder: Path, run: StageRun) -> None:
