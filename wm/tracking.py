@@ -153,7 +153,7 @@ class Tracker:
         runs: the runs folder.
         config: the resolved configuration as plain values.
         fingerprint: of the pipeline; with the same one, the same parent run goes on.
-        run_id: an existing run to be the parent instead.
+        run_id: an existing run to be the parent instead; it keeps its own end.
         experiment: another than the game's, for what is no pipeline.
         name: of the parent run.
     """
@@ -180,6 +180,9 @@ class Tracker:
             self.artifacts = runs / "artifacts" / self.experiment
             self.experiment_id = self._attempt(open_experiment, self.experiment, self.artifacts)
             self.run_id = run_id or self._open(self.record, self.folder)
+        self._end: AbstractContextManager[None] = (
+            nullcontext() if run_id else self._ending(self.run_id, self.record, self.folder)
+        )
 
     def _describe(
         self,
@@ -254,7 +257,6 @@ class Tracker:
             record.save(folder)
 
     def __enter__(self) -> "Tracker":
-        self._end = self._ending(self.run_id, self.record, self.folder)
         self._end.__enter__()
         return self
 

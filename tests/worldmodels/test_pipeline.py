@@ -342,7 +342,8 @@ def test_an_agent_is_scored_by_the_id_of_its_run(tiny, capsys):
     children = client.search_runs([parent.info.experiment_id], query)
     scored = [child.data.metrics.get("eval/mean") for child in children]
     assert scored.count(facts["eval/mean"]) == 2
-    assert client.get_run(parent.info.run_id).info.status == "FINISHED"
+    after = client.get_run(parent.info.run_id).info
+    assert (after.status, after.end_time) == ("FINISHED", parent.info.end_time)
 
 
 @dataclass(frozen=True)
@@ -400,6 +401,17 @@ def test_a_run_that_was_killed_and_repeated_ends_as_if_it_had_not_been(interrupt
         tensors = load_file(runs / "tiny" / folder.name / name)
         assert expected.keys() == tensors.keys()
         assert all(expected[key].equal(tensors[key]) for key in expected), name
+
+
+def test_stage_by_stage_a_pipeline_ends_with_the_scores_of_a_run(interrupted, tiny, capsys):
+    words = [*TINY, f"runs={interrupted.folder / 'made'}"]
+    for name in ("controller", "evaluate", "report"):
+        pipeline.run_only(name, words)
+    mean = tiny.stage("evaluate").record["facts"]["eval/mean"]
+    shown = re.search(r"^our agent +([\d.]+)", capsys.readouterr().out, re.MULTILINE)
+    assert float(shown[1]) == round(mean, 1)
+    _, parent = find_parent(interrupted.folder / "made", stages(load(Config, words)))
+    assert parent.data.metrics["eval/mean"] == mean
 
 
 def test_no_candidate_is_tried_on_a_seed_that_others_are_judged_by():

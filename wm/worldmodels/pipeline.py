@@ -16,7 +16,7 @@ from wm.collect import CollectConfig
 from wm.config import bounded, covered, load
 from wm.envpool import require_envpool
 from wm.envs import EnvConfig, validation_seeds
-from wm.evaluate import EvaluateConfig
+from wm.evaluate import PARTS, EvaluateConfig
 from wm.files import sha256
 from wm.ranks import gather, leads
 from wm.stages import Stage, run_stage
@@ -174,6 +174,10 @@ def run_only(name: str, words: Sequence[str]) -> None:
                 print(f"{stage.label}: waits for {missing[0]}")
                 return
             run_stage(stage, tracker, f"wm {name} {' '.join(words)}", repair)
+        if graph[-1].done:
+            tracker.summarise(summary(graph), scored_controller(graph))
+    if name == "evaluate":
+        print_results(config, graph)
 
 
 def begin(words: Sequence[str]) -> tuple[Config, list[str], bool]:
@@ -277,10 +281,8 @@ def print_results(config: Config, graph: Sequence[Stage]) -> None:
     print(f"{'':16}{'mean':>9}{'std':>9}   95 % interval of the mean")
     for title, (stage, name) in rows.items():
         facts = record[stage]["facts"]
-        mean, std, low, high = (
-            facts[f"{name}/{key}"] for key in ("mean", "std", "ci_low", "ci_high")
-        )
+        mean, std, low, high = (facts[f"{name}/{part}"] for part in PARTS)
         print(f"{title:16}{mean:9.1f}{std:9.1f}   [{low:.1f}, {high:.1f}]")
-    if "report" in record:
+    if record.get("report"):
         print(f"\nreport:  {graph[-1].folder / 'report.html'}")
     print(f"runs:    {ui_command(Path(config.runs))}")
