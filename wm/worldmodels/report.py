@@ -70,7 +70,7 @@ PAGE = Environment(autoescape=True).from_string(
 </table>
 <h2>Cost</h2>
 <p>The overhead is the share of a stage's time that was not spent with models and games: reading
-data, validation of V, M and C, MLflow, checkpoints and pictures.</p>
+data, validation of V and M, MLflow, checkpoints and pictures.</p>
 <table><tr><th>stage</th><th>wall time</th><th>overhead</th></tr>
 {% for row in times %}<tr class="{{ row.kind }}"><td>{{ row.stage }}</td>
 <td>{{ "%.1f"|format(row.seconds / 60) }} min</td><td>{{ "%.1f"|format(100 * row.overhead) }} %</td>
