@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from contents import shards
 
 from wm import WMError
 from wm.collect import (
@@ -16,7 +17,6 @@ from wm.collect import (
 )
 from wm.envs import EnvConfig, as_vector, make_env
 from wm.episodes import EpisodeStore
-from wm.files import hashes
 from wm.workers import RandomPlayer, play
 
 TINY = EnvConfig("tiny", max_steps=40)
@@ -26,12 +26,12 @@ PLAYER = RandomPlayer("brownian")
 
 def test_collecting_again_plays_only_what_is_missing_and_the_same(workers, tmp_path):
     collect(TINY, PLAYER, SEEDS, tmp_path, workers)
-    before = hashes(tmp_path)
+    before = shards(tmp_path)
     first, second = sorted(tmp_path.glob("shard-*"))[:2]
     kept = {path: path.stat().st_mtime_ns for path in [first, *first.iterdir()]}
     shutil.rmtree(second)
     collect(TINY, PLAYER, SEEDS, tmp_path, workers)
-    assert hashes(tmp_path) == before
+    assert shards(tmp_path) == before
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
     store = EpisodeStore([tmp_path])
@@ -43,9 +43,9 @@ def test_collecting_again_plays_only_what_is_missing_and_the_same(workers, tmp_p
 
 def test_more_episodes_add_to_those_that_are_there(workers, tmp_path):
     collect(TINY, PLAYER, SEEDS[:SHARD_EPISODES], tmp_path, workers)
-    before = hashes(tmp_path)
+    before = shards(tmp_path)
     collect(TINY, PLAYER, SEEDS[: 2 * SHARD_EPISODES], tmp_path, workers)
-    assert before.items() < hashes(tmp_path).items()
+    assert before.items() < shards(tmp_path).items()
 
 
 def test_recording_again_gives_the_same_whatever_was_played_before():
@@ -108,9 +108,4 @@ def test_the_ranks_shards_are_those_of_one_process_and_the_leader_plays_a_lost_o
         assert [path.name for path in (tmp_path / "two").glob("shard-*")] == ["shard-0000000034"]
     as_rank(0, 2)
     collect(TINY, PLAYER, SEEDS, tmp_path / "two", workers)
-    one, two = (hashes(tmp_path / folder) for folder in ("one", "two"))
-    assert shards(one) == shards(two)
-
-
-def shards(hashes):
-    return {name: digest for name, digest in hashes.items() if name.startswith("shard")}
+    assert shards(tmp_path / "one") == shards(tmp_path / "two")

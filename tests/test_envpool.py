@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from contents import shards
 
 from wm.collect import CollectConfig, collect, record
 from wm.config import ConfigError, load
 from wm.envpool import EnvPoolGames
 from wm.envs import EnvConfig, make_env
 from wm.episodes import EpisodeStore
-from wm.files import hashes
 from wm.workers import RandomPlayer
 from wm.worldmodels.pipeline import Config
 
@@ -84,5 +84,5 @@ def test_shards_are_the_same_from_one_run_to_the_next(installed, workers, tmp_pa
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         collect(RACE, PLAYER, range(6), tmp_path / name, workers, config)
-    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+    assert shards(tmp_path / "one") == shards(tmp_path / "two")
     assert [entry.seed for entry in EpisodeStore([tmp_path / "one"]).index] == [*range(6)]

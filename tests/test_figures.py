@@ -33,11 +33,11 @@ def test_a_picture_of_frames_shows_the_frames(draw, tmp_path):
 
 def test_curves_show_each_line_with_its_name(tmp_path):
     figure = figures.curves(
-        {"up": ([0, 1, 2], [0, 1, 2]), "down": (range(50), range(50, 0, -1))}, "step", "return", "T"
+        {"up": ([0, 1, 2], [0, 1, 2]), "down": (range(50), range(50, 0, -1))}, "step", "return"
     )
     (axis,) = figure.axes
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["up", "down"]
-    assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_title()) == ("step", "return", "T")
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("step", "return")
     np.testing.assert_array_equal(axis.lines[1].get_ydata(), np.arange(50, 0, -1))
     picture = iio.imread(figures.save(figure, tmp_path / "curves.png"))
     assert shows(picture, (255, 255, 255)) < picture[..., 0].size

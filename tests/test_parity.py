@@ -45,7 +45,7 @@ def test_the_official_tracks_of_the_same_seeds_are_others():
 
 def test_the_table_has_every_player_in_both(workers):
     pytest.importorskip("envpool")
-    players = {"first": PLAYER, "second": RandomPlayer("linear")}
+    players = {"first": PLAYER, "second": RandomPlayer("uniform")}
     lines = "\n".join(table(EnvConfig("carracing", max_steps=20), players, range(6), workers))
     for name in players:
         assert f"{name}: return" in lines

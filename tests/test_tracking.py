@@ -10,7 +10,7 @@ from wm import WMError
 from wm.config import flat
 from wm.server import tracking_uri
 from wm.stages import Stage
-from wm.tracking import LocalRecord, Tracker, download_folder, read_metrics
+from wm.tracking import LocalRecord, Tracker, download_agent, read_metrics
 
 CONFIG = {
     "env": {"name": "tiny"},
@@ -124,18 +124,18 @@ def test_an_agent_is_found_by_its_stages_run_and_by_the_pipelines(runs, parent, 
     (tmp_path / "agent" / "config.yaml").write_text("of the agent")
     with Tracker(runs, CONFIG, parent) as tracker:
         with pytest.raises(WMError, match="holds no agent"):
-            download_folder(tracker.run_id, "agent", runs)
+            download_agent(tracker.run_id, runs)
         with tracker.stage(stage) as run:
             run.log_folder(tmp_path / "agent", "agent")
             run.log_file(tmp_path / "agent" / "config.yaml", "elsewhere")
     for run_id in (run.run_id, tracker.run_id):
-        folder = download_folder(run_id, "agent", runs)
+        folder = download_agent(run_id, runs)
         assert (folder / "config.yaml").read_text() == "of the agent"
 
 
 def test_a_run_that_is_not_there_is_named(runs):
     with pytest.raises(WMError, match="no folder is called 'f00', and MLflow has no such run"):
-        download_folder("f00", "agent", runs)
+        download_agent("f00", runs)
 
 
 def test_a_pipeline_does_not_draw_the_next_one_into_its_runs_folder(runs, parent, stage, tmp_path):

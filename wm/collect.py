@@ -28,7 +28,7 @@ TYPICAL_STEPS = {"carracing": 1000, "takecover": 330, "tiny": 12}  # of a random
 class CollectConfig:
     episodes: int = bounded(200, 2, 100_000)  # in the first round
     later_episodes: int = bounded(100, 2, 100_000)  # in each later one
-    policy: Literal["brownian", "switching", "linear", "uniform"] = "brownian"  # of the first round
+    policy: Literal["brownian", "switching", "uniform"] = "brownian"  # of the first round
     noise: float = bounded(0.1, 0.0)  # on the controller's actions in later rounds, at most
     patience: int = bounded(0, 0)  # actions without reward that cut an episode; 0: none do
     simulator: Literal["official", "envpool"] = "official"  # envpool: a fast copy of CarRacing

@@ -132,9 +132,9 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def from_yaml(schema: type[T], path: Path, words: Sequence[str] = ()) -> T:
-    """Read a resolved configuration back, with `key=value` words on top."""
-    return merge(schema, read_yaml(path), dotlist(words))
+def from_yaml(schema: type[T], path: Path) -> T:
+    """Read a resolved configuration back."""
+    return merge(schema, read_yaml(path))
 
 
 def read_yaml(path: Path) -> DictConfig:

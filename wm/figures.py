@@ -52,13 +52,12 @@ def curves(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     x_label: str,
     y_label: str,
-    title: str = "",
 ) -> Figure:
     """Lines by name: (x, y)."""
     figure, axis = plt.subplots(figsize=(6, 3.4))
     for name, (x, y) in lines.items():
         axis.plot(x, y, label=name, marker="o" if len(x) < 20 else None, markersize=3)
-    axis.set(xlabel=x_label, ylabel=y_label, title=title)
+    axis.set(xlabel=x_label, ylabel=y_label)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure
@@ -76,21 +75,20 @@ class Series:
 
 
 def panels(
-    panels: Mapping[str, Mapping[str, Series]], labels: Sequence[str], x_label: str
+    series_of: Mapping[str, Mapping[str, Series]], labels: Sequence[str], x_label: str
 ) -> Figure:
     """A panel for each metric: its series by name over the labels, intervals as error bars.
 
     Labels that are numbers are placed as such, logarithmically where they span a factor above
     WIDE, as values are; others stand side by side.
     """
-    columns = min(len(panels), 3)
-    size = (1 + 3.6 * columns, 0.6 + 3.1 * -(-len(panels) // columns))
-    figure, axes = plt.subplots(
-        -(-len(panels) // columns), columns, figsize=size, squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[len(panels) :]:
+    columns = min(len(series_of), 3)
+    rows = -(-len(series_of) // columns)
+    size = (1 + 3.6 * columns, 0.6 + 3.1 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(series_of) :]:
         axis.axis("off")
-    for axis, (metric, series) in zip(axes.flat, panels.items(), strict=False):
+    for axis, (metric, series) in zip(axes.flat, series_of.items(), strict=False):
         x, style = _place(axis, labels)
         for number, (name, values) in enumerate(series.items()):
             _draw(axis, _aside(axis, x, number), values, name, f"C{number}", style)

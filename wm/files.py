@@ -3,7 +3,6 @@
 What is read may come from a stranger or a failing disk: readers here check before they believe.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -17,19 +16,12 @@ import numpy as np
 
 from wm import WMError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LARGEST_TEXT = 2**25  # bytes of a manifest or a configuration: far more than any of ours
 
 
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by its path within."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): sha256(path) for path in files}
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -162,29 +162,10 @@ class SwitchingPolicy:
         return generator.uniform(self.space.low, self.space.high)
 
 
-class RandomLinearPolicy:
-    """A random linear map of the 8x8 thumbnail through tanh, drawn anew for every episode."""
-
-    def __init__(self, space: gym.spaces.Box):
-        self.space = space
-
-    def reset(self, seeds: Sequence[int]) -> None:
-        shape = (8 * 8 * 3, *self.space.shape)
-        generators = [episode_generator(seed, 0) for seed in seeds]
-        self.weights = np.stack([g.normal(0, 0.25, shape) for g in generators])
-        self.bias = np.stack([g.normal(0, 0.5, self.space.shape) for g in generators])
-
-    def __call__(self, observation: np.ndarray) -> np.ndarray:
-        thumbnail = observation[:, ::8, ::8].reshape(len(observation), -1) / 255.0 - 0.5
-        action = np.tanh(np.einsum("nf,nfa->na", thumbnail, self.weights) + self.bias)
-        return np.clip(action, self.space.low, self.space.high).astype(np.float32)
-
-
 RANDOM_POLICIES = {
     "uniform": UniformPolicy,
     "brownian": BrownianPolicy,
     "switching": SwitchingPolicy,
-    "linear": RandomLinearPolicy,
 }
 
 

@@ -65,7 +65,8 @@ def git_commit() -> str:
     here = Path(__file__).parent
     try:
         git = ["git", "-C", str(here)]
-        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=-3).strip()
+        head, quiet = [*git, "rev-parse", "HEAD"], subprocess.DEVNULL
+        commit = subprocess.check_output(head, text=True, stderr=quiet).strip()
         dirty = subprocess.check_output([*git, "status", "--porcelain", str(here)], text=True)
     except (OSError, subprocess.CalledProcessError):
         return "none"
@@ -293,11 +294,11 @@ class Silence(AbstractContextManager):
         """There is nothing to end."""
 
 
-def download_folder(run_id: str, name: str, runs: Path) -> Path:
-    """A folder of a run's artifacts, or of one of its children's; on local disk.
+def download_agent(run_id: str, runs: Path) -> Path:
+    """The folder of a run's agent, or of that of one of its children; on local disk.
 
     Raises:
-        WMError: if there is no such run or no such folder.
+        WMError: if there is no such run or it holds no agent.
     """
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (runs / "mlflow.db").is_file():
         raise WMError(f"no folder is called '{run_id}', and {runs} has no MLflow database")
@@ -305,7 +306,7 @@ def download_folder(run_id: str, name: str, runs: Path) -> Path:
         os.environ.setdefault(variable, value)
     uri = tracking_uri(runs)
     try:
-        return _download(MlflowClient(uri), run_id, name, runs)
+        return _download(MlflowClient(uri), run_id, runs)
     except FAILURES as error:
         raise WMError(
             f"no folder is called '{run_id}', and MLflow has no such run or does not answer: "
@@ -313,14 +314,14 @@ def download_folder(run_id: str, name: str, runs: Path) -> Path:
         ) from None
 
 
-def _download(client: MlflowClient, run_id: str, name: str, runs: Path) -> Path:
+def _download(client: MlflowClient, run_id: str, runs: Path) -> Path:
     run = client.get_run(run_id)
     query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}'"
     children = client.search_runs([run.info.experiment_id], query)  # the newest first
     shared = [run.data.tags[AGENT_TAG]] if AGENT_TAG in run.data.tags else []
     for candidate in [run_id, *shared, *(child.info.run_id for child in children)]:
-        if client.list_artifacts(candidate, name):
+        if client.list_artifacts(candidate, "agent"):
             target = runs / "downloads" / f"{candidate}{rank() or ''}"  # each rank its own
             target.mkdir(parents=True, exist_ok=True)
-            return Path(client.download_artifacts(candidate, name, str(target)))
-    raise WMError(f"run {run_id} holds no {name}; it has not come so far yet")
+            return Path(client.download_artifacts(candidate, "agent", str(target)))
+    raise WMError(f"run {run_id} holds no agent; it has not come so far yet")

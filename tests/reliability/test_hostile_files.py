@@ -9,7 +9,7 @@ import os
 import pickle
 import resource
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -283,15 +283,16 @@ def test_an_agent_that_is_a_link_to_other_files_is_refused(tmp_path):
         Agent.load(tmp_path / "agent")
 
 
-@pytest.mark.parametrize("sizes", ["memory.hidden=10**9", "vision.latent=10**12", "hidden"])
+@pytest.mark.parametrize(
+    "sizes",
+    [("memory", "hidden", 10**9), ("vision", "latent", 10**12), ("controller", "hidden", 10**9)],
+    ids=str,
+)
 def test_a_configuration_alone_takes_no_memory(sizes, tmp_path, little_memory):
     """Its models are made only if the files hold their weights."""
-    key, _, size = sizes.partition("=")
-    words = (
-        [f"{key}={10**9 if '9' in size else 10**12}"] if size else ["controller.hidden=999999999"]
-    )
-    (tmp_path / "plain.yaml").write_text(to_yaml(AgentConfig()))
-    config = from_yaml(AgentConfig, tmp_path / "plain.yaml", words)
+    part, field, size = sizes
+    config = AgentConfig()
+    config = replace(config, **{part: replace(getattr(config, part), **{field: size})})
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     for name in ("vision", "memory", "controller", "starts"):
         (tmp_path / f"{name}.safetensors").write_bytes(save({"weights": torch.ones(1)}))

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from contents import shards
 from safetensors.torch import load_file
 
-from wm.files import hashes
 from wm.stages import CHECKPOINTS, DONE
 from wm.tracking import read_metrics
 
@@ -95,10 +95,6 @@ def hosts(tmp_path_factory, free_port):
 def one(root, pattern):
     (path,) = root.glob(pattern)
     return path
-
-
-def shards(folder):
-    return {name: digest for name, digest in hashes(folder).items() if name.startswith("shard")}
 
 
 def test_two_hosts_collect_and_score_the_same_and_train_the_same_up_to_rounding(hosts, straight):

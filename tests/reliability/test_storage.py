@@ -7,13 +7,13 @@ import sys
 
 import numpy as np
 import pytest
+from contents import shards
 
 from wm import WMError
 from wm.collect import collect
 from wm.data import Latents
 from wm.envs import EnvConfig
 from wm.episodes import EpisodeStore
-from wm.files import hashes
 from wm.stages import CHECKPOINTS, DONE, Stage, run_stage
 from wm.workers import RandomPlayer
 from wm.worldmodels.work import new_array
@@ -70,10 +70,6 @@ def test_a_damaged_shard_is_named_and_played_again_the_same(
     assert {p: p.stat().st_mtime_ns for p in kept} == kept  # nothing is left to mend
     run_stage(second, tracker, "wm vision env=tiny")
     assert second.record["facts"]["frames"] > 0
-
-
-def shards(folder):
-    return {name: digest for name, digest in hashes(folder).items() if name.startswith("shard")}
 
 
 def test_measurements_that_are_damaged_are_made_again_with_their_steps(tmp_path, tracker):

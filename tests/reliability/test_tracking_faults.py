@@ -17,7 +17,7 @@ from wm import WMError
 from wm.server import FINGERPRINT_TAG, HASTE, RECORD
 from wm.stages import METRICS, Stage, read_manifest
 from wm.sync import sync
-from wm.tracking import Tracker, download_folder, read_metrics
+from wm.tracking import Tracker, download_agent, read_metrics
 
 CONFIG = {"env": {"name": "tiny"}, "scale": "smoke", "seed": 3}
 
@@ -157,7 +157,7 @@ def test_a_damaged_database_is_named_and_what_it_lacks_goes_into_a_new_one(
     with pytest.raises(WMError, match=advice):
         sync(runs)
     with pytest.raises(WMError, match=advice):
-        download_folder("a-run", "agent", runs)
+        download_agent("a-run", runs)
     (runs / "mlflow.db").rename(tmp_path / "away")
     code, output = finish(tmp_path, "sync")
     assert code == 0, output

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from contents import hashes
 from mlflow import MlflowClient
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ from wm.data import Latents
 from wm.envs import VALIDATION_SEEDS, as_vector, held_out_seeds, make_env, training_seeds
 from wm.episodes import EpisodeStore
 from wm.evaluate import read_returns, write_outcomes
-from wm.files import hashes, sha256
+from wm.files import sha256
 from wm.stages import CHECKPOINTS, DONE
 from wm.training import TrainerConfig
 from wm.workers import Outcome

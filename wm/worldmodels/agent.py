@@ -186,9 +186,9 @@ def find_agent(run: str | Path, runs: Path = Path("runs")) -> Path:
     """
     if (Path(run) / "config.yaml").is_file():
         return Path(run)
-    from wm.tracking import download_folder  # MLflow is slow to import, and not always needed
+    from wm.tracking import download_agent  # MLflow is slow to import, and not always needed
 
-    return download_folder(str(run), "agent", runs)
+    return download_agent(str(run), runs)
 
 
 def make_dreams(num_envs: int, run: str | Path, game: str, **changes: Any) -> DreamEnv:
@@ -242,14 +242,6 @@ def read_module(make: Callable[[], Module], path: Path) -> Module:
     module = make()
     module.load_state_dict(tensors)
     return module
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a state_dict, strictly."""
-    try:
-        module.load_state_dict(_read(path))
-    except RuntimeError as error:
-        raise WMError(f"{path} does not fit its configuration: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:

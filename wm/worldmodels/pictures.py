@@ -17,6 +17,7 @@ from wm.worldmodels.vae import ConvVAE, encode_frames, to_frames
 
 WARM_UP = 10  # real steps M sees before it is left alone
 FUTURES = 5
+SHOWN, STRIDE = 9, 5  # frames of a filmstrip, actions from one to the next
 AHEAD = 12  # actions of each future
 MOMENTS = 64  # of an episode that are tried for where futures part
 TRAVERSED = 6  # latents shown, the most active first
@@ -157,17 +158,15 @@ def filmstrip(
     game: str,
     temperature: float,
     path: Path,
-    columns: int = 9,
-    stride: int = 5,
 ) -> Path:
     """Real frames, their reconstructions, and the dream from the same frame and actions."""
     means = torch.from_numpy(encode_frames(vision, episode.frames)[0])
     actions = torch.from_numpy(episode.actions)
-    steps, length = len(actions), columns * stride
+    steps, length = len(actions), SHOWN * STRIDE
     first = int(np.clip(liveliest_step(means.numpy()) - length // 2, 1, max(steps - length, 1)))
     starts = warm_start(memory, means[None, : first + 1], actions[None, :first])
     dreamt = dream_along(memory, starts, actions[None, first:], game, temperature)[0]
-    shown = np.arange(first, min(first + columns * stride, steps), stride)
+    shown = np.arange(first, min(first + length, steps), STRIDE)
     latents = torch.cat([means[first][None], dreamt])
     rows = {
         "real": list(episode.frames[shown]),

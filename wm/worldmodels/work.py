@@ -45,7 +45,7 @@ from wm.worldmodels.agent import (
     AgentConfig,
     AgentPlayer,
     load_tensors,
-    load_weights,
+    read_module,
     save_tensors,
 )
 from wm.worldmodels.evolution import (
@@ -114,9 +114,8 @@ def train_vision(
     store, known = collected(inputs), None
     if "vision" in inputs:
         vision = replace(vision, steps=vision.later_steps)
-    model = ConvVAE(vision, seed)
-    if "vision" in inputs:
-        load_weights(model, inputs["vision"] / "vision.safetensors")
+    make, earlier = partial(ConvVAE, vision, seed), inputs.get("vision")
+    model = read_module(make, earlier / "vision.safetensors") if earlier else make()
     if vision.steps:
         data = frames_data(store, vision, seed, EPOCH_STEPS)
         fit(model, data, folder, trainer, run.loggers, vision.precision, callbacks=[Busy(run)])
@@ -204,9 +203,9 @@ def train_memory(
     store, latents = collected(inputs), Latents(inputs["vision"] / "latents")
     if "memory" in inputs:
         memory = replace(memory, steps=memory.later_steps)
-    model = MDNRNN(memory, vision.latent, *action_space(env.name).shape, seed)
-    if "memory" in inputs:
-        load_weights(model, inputs["memory"] / "memory.safetensors")
+    actions, earlier = action_space(env.name).shape, inputs.get("memory")
+    make = partial(MDNRNN, memory, vision.latent, *actions, seed)
+    model = read_module(make, earlier / "memory.safetensors") if earlier else make()
     if memory.steps:
         data = sequences_data(store, latents, memory, seed, EPOCH_STEPS)
         settings = (memory.precision, memory.clip)
@@ -219,9 +218,7 @@ def train_memory(
 
 
 def load_vision(config: VisionConfig, inputs: Inputs) -> ConvVAE:
-    vision = ConvVAE(config)
-    load_weights(vision, inputs["vision"] / "vision.safetensors")
-    return vision.eval()
+    return read_module(partial(ConvVAE, config), inputs["vision"] / "vision.safetensors").eval()
 
 
 def draw_memory(
@@ -303,16 +300,17 @@ def evolve_controller(
 def new_agent(config: AgentConfig, inputs: Inputs, seed: int) -> Agent:
     """V and M of this round, C at zero or at the last round's mean, starts for the dreams."""
     vision = load_vision(config.vision, inputs)
-    memory = MDNRNN(config.memory, config.vision.latent, *action_space(config.env.name).shape)
-    load_weights(memory, inputs["memory"] / "memory.safetensors")
+    actions = action_space(config.env.name).shape
+    make_memory = partial(MDNRNN, config.memory, config.vision.latent, *actions)
+    memory = read_module(make_memory, inputs["memory"] / "memory.safetensors").eval()
     latents = Latents(inputs["vision"] / "latents")
     starts = draw_starts(memory, collected(inputs), latents, config.controller.start, seed)
-    agent = Agent(config, vision, memory.eval(), torch.empty(0), starts)
+    agent = Agent(config, vision, memory, torch.empty(0), starts)
     weights = torch.zeros(agent.parameters, dtype=torch.float64)
     if "controller" in inputs:
         path = inputs["controller"] / "controllers.safetensors"
         _, weights, _ = load_tensors(path, ("best", "mean", "score"))
-    return Agent(config, vision, memory.eval(), weights, starts)
+    return replace(agent, weights=weights)
 
 
 def generation_seeds(episodes: int, seed: int, round: int, generation: int) -> list[int]:
