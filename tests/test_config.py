@@ -9,11 +9,11 @@ from omegaconf import OmegaConf
 from wm.config import (
     CONF,
     ConfigError,
+    added,
     bounded,
     choices,
     covered,
     from_yaml,
-    later,
     load,
     merge,
     plain,
@@ -172,8 +172,8 @@ def test_plain_values_survive_json_and_cover_every_field():
 
 @dataclass(frozen=True)
 class Grown(Part):
-    width: int = later(3, 1)
-    inner: Part = later(Part())
+    width: int = added(3, 1)
+    inner: Part = added(Part())
 
 
 def test_a_field_that_came_later_is_covered_only_where_it_is_changed():

@@ -35,9 +35,9 @@ def bounded(default: float, low: float | None = None, high: float | None = None)
     return dataclasses.field(default=default, metadata={"low": low, "high": high})
 
 
-def later(default: Any, low: float | None = None, high: float | None = None) -> Any:
-    """A `bounded` field that came when there were finished stages without it: see `covered`."""
-    metadata = {"low": low, "high": high, "later": True}
+def added(default: Any, low: float | None = None, high: float | None = None) -> Any:
+    """A `bounded` field, added when there were finished stages without it: see `covered`."""
+    metadata = {"low": low, "high": high, "added": True}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -105,14 +105,14 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def covered(config: Any) -> dict[str, Any]:
-    """What a fingerprint covers: `plain`, but fields that came later only where they are changed.
+    """What a fingerprint covers: `plain`, but added fields only where they are changed.
 
     So what was made before a field was thought of keeps its fingerprint.
     """
     tree = plain(config)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.metadata.get("later") and value == field.default:
+        if field.metadata.get("added") and value == field.default:
             del tree[field.name]
         elif dataclasses.is_dataclass(value):
             tree[field.name] = covered(value)

@@ -12,7 +12,7 @@ from scipy.stats import bootstrap
 from tqdm import tqdm
 
 from wm import WMError
-from wm.config import bounded, later, one_line
+from wm.config import added, bounded, one_line
 from wm.envs import ElsewhereConfig, EnvConfig, held_out_seeds
 from wm.files import write_atomically
 from wm.ranks import leads, shares
@@ -26,8 +26,8 @@ RESAMPLES = 10_000
 @dataclass(frozen=True)
 class EvaluateConfig:
     episodes: int = bounded(100, 2)  # one for each of as many held-out seeds
-    world: World = later(ORDINARY)  # of take-cover: it may differ from that of training
-    reconstructed: int = later(0, 0)  # held-out episodes on whose frames V's error is measured
+    world: World = added(ORDINARY)  # of take-cover: it may differ from that of training
+    reconstructed: int = added(0, 0)  # held-out episodes on whose frames V's error is measured
 
     def game(self, env: EnvConfig) -> EnvConfig:
         """A game in the world where it is scored."""

@@ -12,7 +12,7 @@ import logging
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,15 +144,22 @@ def fit(
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+    with plain_endings():
+        trainer.fit(module, data, ckpt_path=newest_checkpoint(folder / CHECKPOINTS))
+    if trainer.interrupted or trainer.global_step < data.steps:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def plain_endings() -> Iterator[None]:
+    """Without warnings that mean nothing here; Ctrl-C and lost ranks end it as what they are."""
     with warnings.catch_warnings():
         for harmless in HARMLESS:
             warnings.filterwarnings("ignore", message=f".*{harmless}.*")
         try:
-            trainer.fit(module, data, ckpt_path=newest_checkpoint(folder / CHECKPOINTS))
-        except SystemExit as end:
-            if isinstance(
-                end.__context__, KeyboardInterrupt
-            ):  # Lightning turns Ctrl-C into exit(1)
+            yield
+        except SystemExit as end:  # Lightning turns Ctrl-C into exit(1)
+            if isinstance(end.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from None
             raise
         except RuntimeError as error:
@@ -162,8 +169,6 @@ def fit(
                 f"another rank is gone ({one_line(error)}); the same command goes on from the last "
                 "checkpoint"
             ) from None
-    if trainer.interrupted or trainer.global_step < data.steps:
-        raise KeyboardInterrupt
 
 
 def device(config: TrainerConfig) -> str:

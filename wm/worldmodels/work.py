@@ -255,9 +255,9 @@ def evolve_controller(
     round: int,
 ) -> Facts:
     """Evolve C, in the dream or in the real game, and save the whole agent."""
-    agent = new_agent(config, inputs, seed)
+    agent, its_folder = new_agent(config, inputs, seed), folder / "agent"
     if leads():
-        agent.save(folder / "agent")  # before `fit`, in which the ranks meet
+        agent.save(its_folder)  # before `fit`, in which the ranks meet
     settings = config.controller
     seeds = partial(generation_seeds, settings.episodes, seed, round)
     search_seed = int(np.random.SeedSequence(seed, spawn_key=(round,)).generate_state(1)[0])
@@ -265,11 +265,10 @@ def evolve_controller(
         STRATEGIES[settings.optimizer], settings, agent.weights.double().numpy(), search_seed
     )
     with Workers(trainer.workers) as workers:
-        play = partial(play_candidates, workers, config.env, folder / "agent")
+        play = partial(play_candidates, workers, config.env, its_folder)
         if settings.fitness == "dream":
-            where = folder / "agent"
             how = settings.part, settings.horizon, trainer.compile, device(trainer)
-            fitness = dream_fitness(workers, where, seeds, *how)
+            fitness = dream_fitness(workers, its_folder, seeds, *how)
         else:
             fitness = real_fitness(play, seeds, run)
         judges = validation_seeds(settings.validation_episodes)
@@ -288,13 +287,20 @@ def evolve_controller(
     chosen = module.best if settings.keep == "best" else module.mean.detach()
     kept = {"best": module.best, "mean": module.mean.detach(), "score": module.best_score[None]}
     save_tensors(folder / "controllers.safetensors", kept)
-    Agent(config, agent.vision, agent.memory, chosen, agent.starts).save(folder / "agent")
-    run.log_folder(folder / "agent", "agent")
+    replace(agent, weights=chosen).save(its_folder)
+    run.log_folder(its_folder, "agent")
     draw_evolution(folder, run)
+    return {
+        "best/real_score": module.best_score.item(),
+        "controller/played_steps": played_steps(folder),
+    }
+
+
+def played_steps(folder: Path) -> float:
+    """Steps of the real game that an evolution took, for its validation and its fitness."""
     history = read_metrics(folder)
-    steps = [history.get(f"controller/{name}", {}) for name in ("real_steps", "fitness_steps")]
-    played = sum(sum(counts.values()) for counts in steps)
-    return {"best/real_score": module.best_score.item(), "controller/played_steps": played}
+    counts = (history.get(f"controller/{name}", {}) for name in ("real_steps", "fitness_steps"))
+    return sum(sum(count.values()) for count in counts)
 
 
 def new_agent(config: AgentConfig, inputs: Inputs, seed: int) -> Agent:
