@@ -6,6 +6,8 @@ ARGS ?=
 SCALE ?= demo
 GRIDS := $(patsubst ablations/%.yaml,ablation-%,$(wildcard ablations/*.yaml))
 PORT ?= 5000
+# A module's tests share what they make, so they stay together.
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadscope
 
 .DEFAULT_GOAL := help
 
@@ -47,10 +49,10 @@ ui: setup  ## browse all runs in MLflow, on this machine only
 	  --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
 
 test: $(VENV)/tested  ## run the test suite; ARGS='-m slow' runs every grid at its smallest
-	$(VENV)/bin/python -m pytest --ignore=tests/reliability $(ARGS)
+	$(PYTEST) --ignore=tests/reliability $(ARGS)
 
 test-reliability: $(VENV)/tested  ## kill, fill, flip and cut: what a run must survive
-	$(VENV)/bin/python -m pytest tests/reliability $(ARGS)
+	$(PYTEST) tests/reliability $(ARGS)
 
 lint: $(VENV)/tested  ## check format and style
 	$(VENV)/bin/ruff format --check .
