@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from contents import shards
+from contents import hashes, shards
 
 from wm import WMError
 from wm.collect import (
@@ -24,14 +24,16 @@ SEEDS = range(30, 40)  # two full shards and half of one
 PLAYER = RandomPlayer("brownian")
 
 
-def test_collecting_again_plays_only_what_is_missing_and_the_same(workers, tmp_path):
+def test_collecting_again_plays_only_what_is_missing_and_the_same(workers, tmp_path, capsys):
     collect(TINY, PLAYER, SEEDS, tmp_path, workers)
-    before = shards(tmp_path)
+    before = hashes(tmp_path)
     first, second = sorted(tmp_path.glob("shard-*"))[:2]
     kept = {path: path.stat().st_mtime_ns for path in [first, *first.iterdir()]}
     shutil.rmtree(second)
+    capsys.readouterr()
     collect(TINY, PLAYER, SEEDS, tmp_path, workers)
-    assert shards(tmp_path) == before
+    assert "10/10" in capsys.readouterr().err  # the bar counts what was there
+    assert hashes(tmp_path) == before
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
     store = EpisodeStore([tmp_path])
@@ -43,9 +45,9 @@ def test_collecting_again_plays_only_what_is_missing_and_the_same(workers, tmp_p
 
 def test_more_episodes_add_to_those_that_are_there(workers, tmp_path):
     collect(TINY, PLAYER, SEEDS[:SHARD_EPISODES], tmp_path, workers)
-    before = shards(tmp_path)
+    before = hashes(tmp_path)
     collect(TINY, PLAYER, SEEDS[: 2 * SHARD_EPISODES], tmp_path, workers)
-    assert before.items() < shards(tmp_path).items()
+    assert before.items() < hashes(tmp_path).items()
 
 
 def test_recording_again_gives_the_same_whatever_was_played_before():

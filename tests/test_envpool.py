@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from contents import shards
+from contents import hashes
 
 from wm.collect import CollectConfig, collect, record
 from wm.config import ConfigError, load
@@ -84,5 +84,5 @@ def test_shards_are_the_same_from_one_run_to_the_next(installed, workers, tmp_pa
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         collect(RACE, PLAYER, range(6), tmp_path / name, workers, config)
-    assert shards(tmp_path / "one") == shards(tmp_path / "two")
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
     assert [entry.seed for entry in EpisodeStore([tmp_path / "one"]).index] == [*range(6)]

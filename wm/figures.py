@@ -75,20 +75,20 @@ class Series:
 
 
 def panels(
-    series_of: Mapping[str, Mapping[str, Series]], labels: Sequence[str], x_label: str
+    by_metric: Mapping[str, Mapping[str, Series]], labels: Sequence[str], x_label: str
 ) -> Figure:
     """A panel for each metric: its series by name over the labels, intervals as error bars.
 
     Labels that are numbers are placed as such, logarithmically where they span a factor above
     WIDE, as values are; others stand side by side.
     """
-    columns = min(len(series_of), 3)
-    rows = -(-len(series_of) // columns)
+    columns = min(len(by_metric), 3)
+    rows = -(-len(by_metric) // columns)
     size = (1 + 3.6 * columns, 0.6 + 3.1 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(series_of) :]:
+    for axis in axes.flat[len(by_metric) :]:
         axis.axis("off")
-    for axis, (metric, series) in zip(axes.flat, series_of.items(), strict=False):
+    for axis, (metric, series) in zip(axes.flat, by_metric.items(), strict=False):
         x, style = _place(axis, labels)
         for number, (name, values) in enumerate(series.items()):
             _draw(axis, _aside(axis, x, number), values, name, f"C{number}", style)
