@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import time
 from contextlib import closing, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -112,6 +113,34 @@ def test_closing_stops_the_processes_that_run(make, tmp_path):
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_stage_ends_with_the_grid_that_was_killed(make, tmp_path):
+    slow = make("slow", seconds=60)
+
+    def grid():
+        tasks = missing_tasks([Pipeline((), (slow,))], tmp_path)
+        list(run_tasks(tasks, lambda label, words: run_stage(slow, NoTracker()), 1))
+
+    process = schedule.CONTEXT.Process(target=grid)
+    process.start()
+    while not (tmp_path / "begun").exists() or not begun(tmp_path):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    (pid,) = (int(line.split()[1]) for line in (tmp_path / "begun").read_text().splitlines())
+    deadline = time.time() + 30
+    while alive(pid):
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+def alive(pid):
+    """Whether a process runs; an ended one may wait for whoever has inherited it to ask."""
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
 
 
 def test_the_time_is_that_of_the_most_similar_finished_stage(make, run, tmp_path):

@@ -21,11 +21,12 @@ import torch
 
 from wm import WMError
 from wm.config import flat
+from wm.processes import end_with_parent
 from wm.stages import DONE, Stage, read_manifest
 
 CONTEXT = multiprocessing.get_context("spawn")
 START = 8.0  # seconds that a process takes to begin, as README says
-PATIENCE = 60.0  # seconds that a stage has to write its checkpoint when all are stopped
+SECONDS_TO_END = 60.0  # seconds that a stage has to write its checkpoint when all are stopped
 
 RunStage = Callable[[str, Sequence[str]], None]  # (label, words) -> the stage is done
 
@@ -110,18 +111,23 @@ def _ready(waiting: Mapping[str, Task], unfinished: set[str]) -> list[Task]:
 
 def _start(task: Task, run_stage: RunStage, one_thread: bool) -> BaseProcess:
     task.log.parent.mkdir(parents=True, exist_ok=True)
-    arguments = (run_stage, task.stage.label, task.words, task.log, one_thread)
+    arguments = (run_stage, task.stage.label, task.words, task.log, one_thread, os.getpid())
     process = CONTEXT.Process(target=_work, args=arguments)
     process.start()
     return process
 
 
 def _work(
-    run_stage: RunStage, label: str, words: Sequence[str], log: Path, one_thread: bool
+    run_stage: RunStage, label: str, words: Sequence[str], log: Path, one_thread: bool, owner: int
 ) -> None:
-    """In the process: what it prints goes to its log; a SIGTERM ends it as it ends `wm run`."""
+    """In the process: what it prints goes to its log; a SIGTERM ends it as it ends `wm run`, and
+    comes too when its owner is gone.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the parent hears, and sends SIGTERM
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    end_with_parent(signal.SIGTERM)
+    if os.getppid() != owner:  # it has ended already
+        sys.exit(1)
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115 (to the process's end)
     for stream in (1, 2):  # of libraries and of its own processes
         os.dup2(sys.stdout.fileno(), stream)
@@ -134,7 +140,7 @@ def _stop(processes: list[BaseProcess]) -> None:
     for process in processes:
         process.terminate()
     for process in processes:
-        process.join(PATIENCE)
+        process.join(SECONDS_TO_END)
         process.kill()
 
 
