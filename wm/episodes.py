@@ -103,7 +103,10 @@ def write_shard(folder: Path, episodes: Sequence[Episode]) -> None:
         ]
         hashes = {path.name: sha256(path) for path in sorted(partial.glob("*.npy"))}
         record = {"episodes": [asdict(entry) for entry in index], "sha256": hashes}
-        (partial / "index.json").write_text(json.dumps(record, indent=1))
+        with open(partial / "index.json", "w") as file:
+            json.dump(record, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)  # before the space is measured
