@@ -147,7 +147,7 @@ def test_a_grid_shares_stages_and_ends_in_a_table_a_figure_and_runs(grid, runs):
     page = (folder / "table.md").read_text()
     for part in ("which is best?", "the second.", "Training seeds: 3 (0, 1, 2), 2 episodes each"):
         assert part in page
-    assert "seed by seed and game by game: 0 of 6 pairs" in page
+    assert "Told apart by eval/mean: 0 of 6 pairs" in page
     assert "| 1 | 0.5 | 2.000 ± 1.000 [1.000, 3.000] | 20.0 ± " in page
     assert "] | 20 ± 3 | 3 |" in page and "vision.beta 7, by them, eval/mean 1 ± 1" in page
     assert f"wm ablate {grid.name}.yaml scale=smoke" in page and "stages made at c0ffee" in page
@@ -187,6 +187,21 @@ def test_a_failed_cell_is_named_and_the_others_finish(grid, runs, own_folder, ca
     assert again.info.run_id == parent.info.run_id
     assert {child.info.status for child in children.values()} == {again.info.status} == {"FINISHED"}
     assert begun("vision") == 2 and begun("evaluate") == 6  # two of them twice
+
+
+def test_what_words_ask_for_leaves_the_results_of_the_file_alone(grid, runs):
+    grid("jobs=1", "seeds=[1]", "vision.latent=4")
+    names = [path.name for path in (runs / "ablations").glob(f"{grid.name}-smoke*")]
+    assert len(names) == 1 and names[0] != f"{grid.name}-smoke"
+
+
+def test_a_metric_that_nothing_has_measured_is_named(grid, own_folder, capsys):
+    file = own_folder / f"{grid.name}.yaml"
+    file.write_text(GRID.replace("eval/mean]", "eval/maen]"))
+    grid("jobs=1", "seeds=[1]")
+    assert f"no stage has measured eval/maen; see the metrics in {file.name}" in (
+        capsys.readouterr().out
+    )
 
 
 def test_an_interrupted_grid_goes_on_where_it_was(grid, runs, own_folder):
@@ -244,7 +259,7 @@ def test_cells_are_told_apart_by_the_games_and_seeds_that_both_have():
     better = games + generator.normal(30, 20, games.shape)
     rows = [row("good", better), row("plain", games, seeds=[2, 0]), row("plain too", games)]
     (text,) = results.told_apart([*rows, row("other game", games + 99, env="carracing")])
-    assert "2 of 3 pairs (by chance alone at least one in 20)" in text
+    assert "2 of 3 pairs" in text and "at least one in 20 is" in text
     gain = results.shown(score_of_seeds((better - games)[[0, 2]]))
     assert f"- plain is below good by {gain}" in text and "- plain too is below good by" in text
     assert results.told_apart([rows[0], row("other", games, seeds=[])]) == []
@@ -268,6 +283,7 @@ def test_small_numbers_are_shown_with_more_decimals(mean, text):
         (["g.yaml", "vision.beta=1"], "set by an axis"),
         (["g.yaml", "vision.latents=1"], "unknown key 'vision.latents'"),
         (["g.yaml", "jobs=many"], "jobs"),
+        (["g.yaml", "jbos=2"], "'jbos'; did you mean 'jobs'"),
         (["g.yaml", "jobs=-1"], "the nearest valid value is 0"),
     ],
 )

@@ -103,6 +103,8 @@ def test_published_numbers_stand_beside_the_cells_that_they_name(grid):
         ("axes: {seed: [1", HEAD, "cannot read"),
         ("axes: {seed: 1}", HEAD, "axis seed"),
         ("axes: {size: {a: 5}}", HEAD, "point 'a' of axis size sets no keys: 5"),
+        ("env: {name: tiny}", HEAD, "sizes.yaml is no grid: unknown key 'env"),
+        ("axes: {seed: [1]}\nbase: {seed: {a: 1}}", HEAD, "may stand on an axis only"),
     ],
 )
 def test_a_wrong_file_is_refused_with_what_is_wrong(text, head, says, grid):

@@ -5,6 +5,7 @@ and the stages that these have in common once (schedule.py); results.py writes w
 """
 
 import dataclasses
+import difflib
 import math
 import shlex
 import shutil
@@ -57,11 +58,15 @@ class Plan:
     options: Options
     source: Path  # the grid's file
     command: str
+    changes: list[str]  # words that make it another grid than the file's
 
     @property
     def folder(self) -> Path:
-        """Of the results."""
-        return Path(self.config.runs) / "ablations" / f"{self.grid.name}-{self.config.scale}"
+        """Of the results: NAME-SCALE, and where words change the grid a name of their own."""
+        name = f"{self.grid.name}-{self.config.scale}"
+        if self.changes:
+            name += "-" + sha256(" ".join(sorted(self.changes)).encode()).hexdigest()[:6]
+        return Path(self.config.runs) / "ablations" / name
 
     @property
     def fingerprint(self) -> str:
@@ -90,6 +95,8 @@ def ablate(family: Family, words: Sequence[str]) -> None:
             tracker.log_file(path)
         print(f"\n{(plan.folder / 'table.md').read_text()}\ntable, figure: {plan.folder}")
         print(f"runs: {ui_command(Path(plan.config.runs))}")
+        for metric in unknown_metrics(plan):
+            print(f"no stage has measured {metric}; see the metrics in {plan.source}")
         if failed:
             raise WMError(f"{failed} stages failed, see above; the same command tries them again")
     if plan.options.publish:
@@ -110,6 +117,9 @@ def make_plan(family: Family, words: Sequence[str]) -> Plan:
         raise ConfigError("name one grid, for instance ablations/temperature.yaml")
     if any(word.startswith("seed=") for word in others):
         raise ConfigError("the seeds of a grid are chosen together: seeds=[0,1,2]")
+    for key in (word.partition("=")[0] for word in others):
+        if near := difflib.get_close_matches(key, names, n=1, cutoff=0.7):
+            raise ConfigError(f"unknown key '{key}'; did you mean '{near[0]}'?")
     options = merge(Options, dotlist(chosen))
     grid, source = read_grid(Path(files[0])), Path(files[0])
     grid = at_scale(grid, load(family.Config, base_words(grid, others)).scale)
@@ -122,7 +132,9 @@ def make_plan(family: Family, words: Sequence[str]) -> Plan:
         raise ConfigError("the stages of a grid run on one device each, side by side: jobs=N")
     command = f"wm ablate {shlex.join(words)}"
     trials = make_trials(family, grid, others, options.jobs)
-    return Plan(grid, trials, base, options, source, command)
+    where = ("scale=", "runs=", "trainer.", "jobs=", "publish=")
+    changes = [word for word in (*chosen, *others) if not word.startswith(where)]
+    return Plan(grid, trials, base, options, source, command, changes)
 
 
 def make_trials(family: Family, grid: Grid, words: Sequence[str], jobs: int) -> list[Trial]:
@@ -175,6 +187,13 @@ def run_all(
             trial.track(tracker, [])
             print(f"{trial.name}: not finished")
     return failed
+
+
+def unknown_metrics(plan: Plan) -> list[str]:
+    """Metrics of the grid that no finished trial knows."""
+    ended = [trial for trial in plan.trials if trial.finished]
+    asked = plan.grid.metrics if ended else []
+    return [name for name in asked if all(trial.fact(name) is None for trial in ended)]
 
 
 def print_plan(plan: Plan, tasks: Mapping[str, Task]) -> None:

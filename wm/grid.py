@@ -15,7 +15,7 @@ published:                             # at: the axes' values that a row belongs
 at: {smoke: {seeds: [0]}}              # what is different at a scale
 ```
 
-Where a value is a mapping, the cell's game or value on another axis chooses:
+Where a value on an axis is a mapping, the cell's game or value on another axis chooses:
 `collect.episodes: {takecover: 3, carracing: 6}`.
 """
 
@@ -67,7 +67,11 @@ def read_grid(path: Path) -> Grid:
     Raises:
         ConfigError: if it is not there, has an unknown key, or lacks its two headings.
     """
-    grid = merge(Grid, read_yaml(path))
+    tree = read_yaml(path)
+    try:
+        grid = merge(Grid, tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path} is no grid: {error}") from None
     lines = path.read_text().splitlines()[:2]
     for line, heading in itertools.zip_longest(lines, HEADINGS, fillvalue=""):
         if not line.startswith(heading):
@@ -147,6 +151,8 @@ def _word(key: str, value: Any, here: Sequence[str] = ()) -> str:
     """`key=value`; of a mapping that value which belongs to one of the names here."""
     if isinstance(value, Mapping):
         chosen = [choice for name, choice in value.items() if str(name) in here]
+        if not here:
+            raise ConfigError(f"{key}: {value} may stand on an axis only, whose cells can choose")
         if len(chosen) != 1:
             raise ConfigError(f"{key} has no value of its own for {', '.join(here)}: {value}")
         (value,) = chosen

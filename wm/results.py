@@ -124,8 +124,10 @@ def told_apart(rows: Sequence[Row]) -> list[str]:
                 apart.append(f"- {one} is below {other} by {shown(by)}")
             pairs += by is not None
     head = (
-        f"Told apart by {SCORE}, seed by seed and game by game: {len(apart)} of {pairs} pairs "
-        f"(by chance alone at least one in {round(1 / (1 - CONFIDENCE))})."
+        f"Told apart by {SCORE}: {len(apart)} of {pairs} pairs. A pair is where the "
+        f"{CONFIDENCE:.0%} bootstrap interval of its difference, seed by seed and game by game, "
+        f"excludes zero; by chance alone at least one in {round(1 / (1 - CONFIDENCE))} is. "
+        "Differences: mean ± standard deviation over episodes, and that interval."
     )
     return ["\n".join([head, *apart])] if pairs else []
 
@@ -136,7 +138,8 @@ def commits(rows: Sequence[Row]) -> str:
     distinct = {stage.fingerprint: stage for t in trials for stage in t.pipeline.stages}
     records = [record for stage in distinct.values() if (record := stage.record)]
     made_at = sorted({record["versions"]["commit"] for record in records})
-    return f"Table at commit {git_commit()}; stages made at {', '.join(made_at) or 'none'}."
+    where = f"Table at commit {git_commit()}; stages made at {', '.join(made_at) or 'none'}."
+    return where + (" A + marks uncommitted changes." if "+" in where else "")
 
 
 def _elsewhere(grid: Grid, rows: Sequence[Row]) -> list[str]:
