@@ -7,7 +7,7 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-import wm  # noqa: F401 (registers the dreams)
+from wm import WMError  # (and the dreams are registered)
 from wm.rollout import UniformPolicy, rollout
 from wm.worldmodels.dream import FAINT, NOISE_STEPS, DreamEnv
 from wm.worldmodels.engine import dream_step
@@ -229,7 +229,8 @@ def test_one_dream_is_a_sound_gymnasium_environment(saved, game, name):
 
 @GAMES
 def test_many_dreams_are_made_by_name(saved, game, name):
-    envs = gym.make_vec(f"wm/{name}Dream-v0", num_envs=3, run=saved(game), horizon=4)
+    shown = {"render_mode": "rgb_array", "horizon": 4}
+    envs = gym.make_vec(f"wm/{name}Dream-v0", num_envs=3, run=saved(game), **shown)
     one = gym.make(f"wm/{name}Dream-v0", run=str(saved(game)))
     assert envs.single_observation_space == one.observation_space
     assert envs.single_action_space == one.action_space
@@ -238,6 +239,12 @@ def test_many_dreams_are_made_by_name(saved, game, name):
         observation, *_, truncated, _ = envs.step(envs.action_space.sample())
     assert envs.observation_space.contains(observation.numpy())
     assert truncated.all()
+
+
+def test_dreams_that_teach_nothing_are_not_handed_out(make_agent, tmp_path):
+    make_agent("carracing", {"reward_head": False}, fitness="real").save(tmp_path)
+    with pytest.raises(WMError, match="no reward head: its dreams pay the same"):
+        gym.make("wm/CarRacingDream-v0", run=tmp_path)
 
 
 def test_an_algorithm_of_others_learns_in_a_dream(saved):

@@ -53,6 +53,11 @@ class AgentConfig:
         if self.memory.moves and self.env.name != "takecover":
             raise ConfigError("memory.moves=true is for env=takecover, whose actions are moves")
         if self.controller.fitness == "dream":  # a dream must have something to tell good from bad
+            if self.memory.steps == 0:
+                raise ConfigError(
+                    "memory.steps=0 leaves M untrained, and its dreams teach nothing: add "
+                    "controller.fitness=real"
+                )
             if not self.dreams_pay:
                 raise ConfigError(f"controller.fitness=dream needs memory.{self.judge}=true here")
             if self.judge == "end_head" and self.controller.end == "never":
@@ -191,17 +196,26 @@ def find_agent(run: str | Path, runs: Path = Path("runs")) -> Path:
     return download_agent(str(run), runs)
 
 
-def make_dreams(num_envs: int, run: str | Path, game: str, **changes: Any) -> DreamEnv:
+def make_dreams(
+    num_envs: int, run: str | Path, game: str, render_mode: str | None = None, **changes: Any
+) -> DreamEnv:
     """The dreams of a finished run, for gym.make_vec.
 
     Args:
         run: an agent's folder, or the id of an MLflow run that holds one.
         game: what the run must dream of; set by the environment's name.
+        render_mode: these dreams can always render.
         changes: controller settings of the dream, for instance temperature=1.15, horizon=500.
+
+    Raises:
+        WMError: if there is no such run, it dreams of another game, or its dreams pay nothing.
     """
     agent = Agent.load(find_agent(run))
     if agent.config.env.name != game:
         raise WMError(f"{run} dreams of {agent.config.env.name}, not of {game}")
+    if not agent.config.dreams_pay:
+        lack = agent.config.judge.replace("_", " ")
+        raise WMError(f"M of {run} has no {lack}: its dreams pay the same whatever is done")
     return agent.dreams(num_envs, **changes)
 
 
