@@ -37,7 +37,7 @@ takecover: setup  ## the full take-cover pipeline (up to 40 minutes on 2 cores)
 ablation-%: setup  ## one grid, as ablation-temperature; SCALE=smoke|demo|laptop, ARGS=--dry-run
 	$(WM) ablate ablations/$*.yaml scale=$(SCALE) $(ARGS)
 
-ablations: $(GRIDS)  ## all grids; `make -k ablations` goes on after a failed cell
+ablations: $(GRIDS)  ## all grids; `make -k ablations` goes on after a failed grid
 
 bench: setup  ## time the parts beside what they are measured against (under 10 minutes)
 	$(WM) bench $(ARGS)
@@ -51,7 +51,7 @@ ui: setup  ## browse all runs in MLflow, on this machine only
 test: $(VENV)/tested  ## run the test suite; ARGS='-m slow' runs every grid at its smallest
 	$(PYTEST) --ignore=tests/reliability $(ARGS)
 
-test-reliability: $(VENV)/tested  ## kill, fill, flip and cut: what a run must survive
+test-reliability: $(VENV)/tested  ## that a run survives kills, full disks and damage
 	$(PYTEST) tests/reliability $(ARGS)
 
 lint: $(VENV)/tested  ## check format and style

@@ -34,10 +34,10 @@ def test_an_unknown_command_exits_2_with_the_usage(own_folder):
     done = subprocess.run(command, capture_output=True, text=True, cwd=own_folder)
     assert done.returncode == 2
     assert done.stdout.startswith("usage: wm COMMAND")
-    assert "Traceback" not in done.stderr
+    assert done.stderr == "wm: there is no command 'nonsense'\n"
 
 
-@pytest.mark.parametrize("words", [[], ["help"], ["--help"]])
+@pytest.mark.parametrize("words", [[], ["help"], ["--help"], ["run", "env=tiny", "--help"]])
 def test_the_usage_names_every_command(words, wm):
     code, out, err = wm(*words)
     assert (code, err) == (0, "")
@@ -63,6 +63,7 @@ def test_config_prints_what_would_be_run_as_yaml(wm, tmp_path):
         ("seed", "key=value"),
         ("collect.simulator=envpool", "env=carracing"),
         ("env.repeat=0", "1"),
+        ("memory.steps=0", "controller.fitness=real"),
         ("run", "key=value"),
     ],
 )
@@ -81,8 +82,8 @@ def test_a_stage_without_its_input_says_which_command_makes_it(command, maker, w
     words = ["env=tiny", "scale=smoke", "seed=9", f"runs={runs}", "trainer.workers=1"]
     code, _, err = wm(command, *words)
     assert code == 2
-    last = err.splitlines()[-1]
-    assert last.startswith("wm: ") and f"`wm {maker} {' '.join(words)}` makes it" in last
+    assert len(err.splitlines()) == 1 and err.startswith("wm: ")  # and nothing was played
+    assert f"`wm {maker} {' '.join(words)}` makes it, and `wm run {' '.join(words)}` all" in err
 
 
 @pytest.mark.parametrize("command", ["evaluate", "bench"])
@@ -90,6 +91,28 @@ def test_a_run_that_is_not_there_is_named(command, wm, runs):
     code, _, err = wm(command, "run=0123abc", "env=tiny", f"runs={runs}")
     assert code == 2
     assert err.startswith("wm: ") and "0123abc" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["evaluate", "bench", "parity"])
+def test_an_agent_without_a_name_is_no_other(command, wm):
+    code, _, err = wm(command, "run=")  # of a shell's variable that is not set
+    assert (code, err) == (2, "wm: run= names no agent\n")
+
+
+@pytest.mark.parametrize("word", ["env.repeat=2", "controller.temperature=1.3", "env=carracing"])
+def test_an_agent_keeps_its_own_settings(word, wm, runs):
+    code, out, err = wm("evaluate", "pretrained=takecover", word, f"runs={runs}")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"wm: {word} would change nothing") and len(err.splitlines()) == 1
+
+
+def test_what_is_not_there_to_work_on_is_refused_before_games_are_played(wm, own_folder):
+    (own_folder / "taken").touch()
+    for word in ("trainer.accelerator=gqu", "runs=taken"):
+        code, _, err = wm("run", "env=tiny", "scale=smoke", word)
+        assert code == 2
+        assert err.startswith(f"wm: {word}") and len(err.splitlines()) == 1
+    assert [path.name for path in own_folder.iterdir()] == ["taken"]
 
 
 def test_parity_is_refused_for_other_games(wm):

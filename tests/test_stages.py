@@ -106,7 +106,7 @@ def test_a_finished_stage_is_skipped_and_says_so(second, tracker, capsys):
 
 def test_a_missing_input_names_the_command_that_makes_it(second, tracker):
     with pytest.raises(WMError, match=r"second needs first.*`wm first env=tiny seed=3` makes it"):
-        run_stage(second, tracker, "wm second env=tiny seed=3")
+        run_stage(second, tracker, ["env=tiny", "seed=3"])
     assert second.work.calls == 0 and not second.folder.exists()
 
 

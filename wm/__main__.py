@@ -23,7 +23,7 @@ USAGE = """usage: wm COMMAND [env=GAME] [scale=SCALE] [key=value ...]
                copies table and figure to ablations/NAME
   parity       compare EnvPool with the official CarRacing; run=ID adds an agent's scores
   sync         send what MLflow has not heard, because it did not answer
-  config       print the resolved configuration
+  config       print all keys with their values; README says where each is explained
   bench        time the parts beside what they are measured against (under 10 minutes);
                run=ID only says what bfloat16 does to the ranks of an agent's candidates
 
@@ -75,11 +75,18 @@ def parity(words: Sequence[str]) -> None:
 
 
 def split_agent(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The agent that the last run=ID or pretrained=GAME names, if any, and the other words."""
+    """The agent that the last run=ID or pretrained=GAME names, if any, and the other words.
+
+    Raises:
+        WMError: if nothing stands behind run= or pretrained=.
+    """
     from wm.worldmodels.bundle import pretrained
 
     sources = {"run": str, "pretrained": pretrained}
     pairs = [word.partition("=") for word in words]
+    for key, sign, value in pairs:
+        if sign and key in sources and not value:  # an unset shell variable, for instance
+            raise WMError(f"{key}= names no agent")
     chosen = [sources[key](value) for key, sign, value in pairs if sign and key in sources]
     others = [key + sign + value for key, sign, value in pairs if not sign or key not in sources]
     return chosen[-1] if chosen else None, others
@@ -141,9 +148,13 @@ COMMANDS = {
 
 def main() -> None:
     name, *words = sys.argv[1:] or ["help"]
-    if name not in COMMANDS:
+    if name == "help" or {"-h", "--help"} & {name, *words}:
         print(USAGE)
-        sys.exit(0 if name in ("help", "-h", "--help") else 2)
+        return
+    if name not in COMMANDS:
+        print(f"wm: there is no command '{name}'", file=sys.stderr)
+        print(USAGE)
+        sys.exit(2)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         COMMANDS[name](words)

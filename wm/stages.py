@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -114,7 +114,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             raise TypeError("a fact is no number")
         for entry in manifest["files"].values():
             int(entry["bytes"]), str(entry["sha256"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise WMError(
@@ -148,12 +148,13 @@ def _damaged(folder: Path, written: int, names: tuple[str, ...]) -> list[Path]:
 def run_stage(
     stage: Stage,
     tracker: Any,
-    command: str = "wm run",
+    words: Sequence[str] = (),
     repair: bool = False,
     wait: bool = False,
 ) -> Path:
     """Do the stage's work unless it is done already; its folder.
 
+    words: of the command, for messages that say which one makes what is missing.
     repair: look at the hashes of what is done, and make again what is damaged.
     wait: for another process that works in the folder, which pipelines may share.
 
@@ -166,11 +167,13 @@ def run_stage(
         print(f"{stage.label}: done before, in {stage.folder}")
         return stage.folder
     for needed in stage.inputs.values():
-        part_of_it = needed.name == "agent"  # which has no command of its own
-        its_command = command if part_of_it else command.replace(stage.name, needed.name, 1)
+        its_name = stage.name if needed.name == "agent" else needed.name  # which has no command
+        its_command = " ".join(["wm", its_name, *words])
         if not needed.done:
+            everything = " ".join(["wm", "run", *words])
             raise WMError(
-                f"{stage.label} needs {needed.label}, which is not there; `{its_command}` makes it"
+                f"{stage.label} needs {needed.label}, which is not there; `{its_command}` makes "
+                f"it, and `{everything}` all that is missing"
             )
         if bad := damaged(needed, stage.reads):
             raise WMError(f"{bad[0]} is damaged; `{its_command} --repair` makes it again, the same")

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -71,6 +72,19 @@ def git_commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "none"
     return commit + ("+" if dirty.strip() else "")
+
+
+def make_runs(runs: Path) -> None:
+    """The runs folder.
+
+    Raises:
+        WMError: if it cannot be made or written to.
+    """
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=runs).close()
+    except OSError as error:
+        raise WMError(f"runs={runs} cannot be used: {error.strerror}") from None
 
 
 class LocalRecord(Logger):
@@ -168,7 +182,7 @@ class Tracker:
         experiment: str | None = None,
         name: str | None = None,
     ):
-        runs.mkdir(parents=True, exist_ok=True)
+        make_runs(runs)
         self.config, self.experiment = config, experiment or config["env"]["name"]
         self.versions = {name: version(name) for name in PACKAGES} | {"commit": git_commit()}
         name = name or f"{self.experiment}-{config['scale']}-seed{config['seed']}"

@@ -22,12 +22,13 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from wm import WMError
-from wm.config import bounded, one_line
+from wm.config import ConfigError, bounded, one_line
 from wm.files import sha256, write_atomically
 from wm.ranks import leads, lost_rank, rank, rows, summed, world_size
 from wm.stages import CHECKPOINTS
@@ -53,6 +54,19 @@ class TrainerConfig:
     num_nodes: int = bounded(1, 1)  # machines
     workers: int = bounded(0, 0)  # processes that play and dream; 0: one for every core
     compile: bool = True  # the dream's step, where there is a C++ compiler
+
+
+def require_accelerator(name: str) -> None:
+    """Refuse before the games are played what Lightning would refuse after.
+
+    Raises:
+        ConfigError: if there is no such accelerator here.
+    """
+    hush()
+    try:
+        L.Trainer(accelerator=name, logger=False, enable_checkpointing=False)
+    except (MisconfigurationException, ValueError, ImportError) as error:
+        raise ConfigError(f"trainer.accelerator={name}: {one_line(error)}; cpu is there") from None
 
 
 class Steps(Dataset):
@@ -118,8 +132,7 @@ def fit(
         save_on_train_epoch_end=True,
         enable_version_counter=False,  # a damaged checkpoint is written anew, under its own name
     )
-    for chatter in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(chatter).setLevel(logging.WARNING)
+    hush()
     trainer = L.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
@@ -148,6 +161,12 @@ def fit(
         trainer.fit(module, data, ckpt_path=newest_checkpoint(folder / CHECKPOINTS))
     if trainer.interrupted or trainer.global_step < data.steps:
         raise KeyboardInterrupt
+
+
+def hush() -> None:
+    """Without Lightning's lines on what it found and recommends."""
+    for chatter in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(chatter).setLevel(logging.WARNING)
 
 
 @contextlib.contextmanager

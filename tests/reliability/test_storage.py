@@ -61,14 +61,14 @@ def test_a_damaged_shard_is_named_and_played_again_the_same(
     path = sorted(first.folder.glob("shard-*"))[1] / name
     damage(path)
     with pytest.raises(WMError, match=r"damaged; `wm collect .*--repair`|not there; `wm collect"):
-        run_stage(second, tracker, "wm vision env=tiny")
-    run_stage(first, tracker, "wm collect env=tiny", repair=True)
+        run_stage(second, tracker, ["env=tiny"])
+    run_stage(first, tracker, ["env=tiny"], repair=True)
     assert str(path.parent) in capsys.readouterr().out
     assert shards(first.folder) == before
     kept = {p: p.stat().st_mtime_ns for p in first.folder.glob("shard-*/frames.npy")}
-    run_stage(first, tracker, "wm collect env=tiny", repair=True)
+    run_stage(first, tracker, ["env=tiny"], repair=True)
     assert {p: p.stat().st_mtime_ns for p in kept} == kept  # nothing is left to mend
-    run_stage(second, tracker, "wm vision env=tiny")
+    run_stage(second, tracker, ["env=tiny"])
     assert second.record["facts"]["frames"] > 0
 
 

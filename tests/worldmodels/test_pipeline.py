@@ -347,6 +347,20 @@ def test_an_agent_is_scored_by_the_id_of_its_run(tiny, capsys):
     assert (after.status, after.end_time) == ("FINISHED", parent.info.end_time)
 
 
+def test_an_agent_scored_from_its_folder_is_tracked_as_what_it_is(tiny):
+    controller = tiny.stage("controller-0").folder
+    runs = tiny.folder / "elsewhere"
+    pipeline.evaluate_run(str(controller / "agent"), [*SMOKE, f"runs={runs}"])
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    found = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    (parent,) = (run for run in found if "mlflow.parentRunId" not in run.data.tags)
+    assert parent.info.run_name == f"tiny, {controller.name}/agent"
+    assert parent.data.params["agent"] == str(controller / "agent")
+    assert parent.data.params["memory.mixtures"] == "5" and "seed" not in parent.data.params
+    facts = tiny.stage("evaluate").record["facts"]
+    assert parent.data.metrics["eval/mean"] == facts["eval/mean"]
+
+
 @dataclass(frozen=True)
 class Interrupted:
     """A run that got a SIGTERM in vision, and then, repeated, a SIGKILL in the controller."""

@@ -42,7 +42,8 @@ def bundle(words: Sequence[str]) -> None:
     config = load(Config, words)
     graph = stages(config)
     if missing := [stage.label for stage in graph if not stage.done]:
-        raise WMError(f"{missing[0]} is not done; `wm run {' '.join(words)}` does it")
+        command = " ".join(["wm", "run", *words])
+        raise WMError(f"{missing[0]} is not done; `{command}` does it")
     folder = PRETRAINED / config.env.name
     controller = scored_controller(graph)
     halved(Agent.load(controller.folder / "agent")).save(folder)

@@ -13,7 +13,7 @@ from typing import Any
 
 from wm import WMError
 from wm.collect import CollectConfig
-from wm.config import bounded, covered, load
+from wm.config import ConfigError, bounded, covered, load, plain
 from wm.envpool import require_envpool
 from wm.envs import EnvConfig, validation_seeds
 from wm.evaluate import PARTS, EvaluateConfig
@@ -21,7 +21,7 @@ from wm.files import sha256
 from wm.ranks import gather, leads
 from wm.stages import Stage, run_stage
 from wm.tracking import Silence, Tracker, ui_command
-from wm.training import TrainerConfig
+from wm.training import TrainerConfig, require_accelerator
 from wm.workers import RandomPlayer, Workers
 from wm.worldmodels import report, work
 from wm.worldmodels.agent import FILES, Agent, AgentConfig, AgentPlayer, find_agent
@@ -32,6 +32,7 @@ from wm.worlds import require_world
 
 PARITY_SEEDS = 20
 REPAIR = "--repair"
+SCORING = ("evaluate", "trainer", "scale", "runs")  # sections that matter to an agent that is there
 VERSIONS = {  # raised when a stage's code changes what the stage makes
     "collect": 2,
     "vision": 2,
@@ -148,12 +149,13 @@ def run(words: Sequence[str]) -> None:
     """All stages; those that are done are skipped. Ends with the table of scores."""
     config, words, repair = begin(words)
     graph = stages(config)
-    if config.minutes and not graph[-1].done:
-        print(f"this takes about {config.minutes} minutes on 2 cores; it shows the time that")
-        print("remains, and after Ctrl-C the same command goes on where it was")
+    if not graph[-1].done:
+        measured = f"scale={config.scale} takes about {config.minutes} minutes on 2 cores"
+        print(measured if config.minutes else "how long this takes has not been measured")
+        print("each stage shows the time it still needs; after Ctrl-C the same command goes on")
     with open_tracker(config, graph) as tracker:
         for stage in graph:
-            run_stage(stage, tracker, f"wm {stage.name} {' '.join(words)}", repair, wait=True)
+            run_stage(stage, tracker, words, repair, wait=True)
         tracker.summarise(summary(graph), scored_controller(graph))
     print_results(config, graph)
 
@@ -166,15 +168,17 @@ def run_only(name: str, words: Sequence[str]) -> None:
     """
     config, words, repair = begin(words)
     graph = stages(config)
-    names = ("baseline", name) if name == "evaluate" else (name,)
+    names = (name, "baseline") if name == "evaluate" else (name,)
+    chosen = [stage for stage in graph if stage.name in names]
+    chosen.sort(key=lambda stage: names.index(stage.name))  # first what may lack its input
     with open_tracker(config, graph) as tracker:
-        for stage in (stage for stage in graph if stage.name in names):
+        for stage in chosen:
             missing = [needed.label for needed in stage.inputs.values() if not needed.done]
             if stage.round and missing:
                 print(f"{stage.label}: waits for {missing[0]}")
                 return
-            run_stage(stage, tracker, f"wm {name} {' '.join(words)}", repair)
-        if graph[-1].done:
+            run_stage(stage, tracker, words, repair)
+        if all(stage.done for stage in graph):  # episodes may have been deleted since
             tracker.summarise(summary(graph), scored_controller(graph))
     if name == "evaluate":
         print_results(config, graph)
@@ -189,6 +193,8 @@ def begin(words: Sequence[str]) -> tuple[Config, list[str], bool]:
     config = load(Config, words)
     if repair and config.trainer.devices * config.trainer.num_nodes > 1:
         raise WMError(f"{REPAIR} works alone: leave out trainer.devices and trainer.num_nodes")
+    if config.trainer.accelerator != "cpu":
+        require_accelerator(config.trainer.accelerator)
     gather(config.trainer.devices, config.trainer.num_nodes)
     return config, words, repair
 
@@ -199,7 +205,7 @@ def run_labelled(label: str, words: Sequence[str]) -> None:
     graph = stages(config)
     stage = next(stage for stage in graph if stage.label == label)
     with open_tracker(config, graph) as tracker:
-        run_stage(stage, tracker, f"wm {stage.name} {' '.join(words)}", wait=True)
+        run_stage(stage, tracker, words, wait=True)
         if stage is graph[-1]:
             tracker.summarise(summary(graph), scored_controller(graph))
 
@@ -208,11 +214,12 @@ def evaluate_run(run: str, words: Sequence[str]) -> None:
     """Score the agent of a finished MLflow run, or of a folder, on the held-out seeds.
 
     Raises:
-        WMError: if there is no such agent.
+        WMError: if there is no such agent, or a word would change it.
     """
     settings, words, repair = begin(words)
     source = find_agent(run, Path(settings.runs))
     its = Agent.load(source).config
+    require_scoring(words, its.env.name)
     config = replace(
         settings, env=its.env, vision=its.vision, memory=its.memory, controller=its.controller
     )
@@ -225,10 +232,29 @@ def evaluate_run(run: str, words: Sequence[str]) -> None:
         _stage(config, "baseline", work.play_baseline, {}, baseline(config)),
         _stage(config, "evaluate", work.evaluate_agent, {"controller": agent}, evaluation),
     ]
-    with open_tracker(config, graph, None if source == Path(run) else run) as tracker:
+    run_id = None if source == Path(run) else run
+    name = f"{its.env.name}, {source.parent.name}/{source.name}"
+    shown = {"agent": run, **plain(its), "evaluate": covered(config.evaluate)}
+    with open_tracker(config, graph, run_id, shown, name) as tracker:
         for stage in graph:
-            run_stage(stage, tracker, f"wm evaluate run={run} {' '.join(words)}", repair)
+            run_stage(stage, tracker, [f"run={run}", *words], repair)
+        if not run_id:  # a pipeline's run keeps the scores that it has
+            tracker.summarise(scores(graph))
     print_results(config, graph)
+
+
+def require_scoring(words: Sequence[str], game: str) -> None:
+    """Refuse what an agent brings with it.
+
+    Raises:
+        ConfigError: naming the first word that would change nothing.
+    """
+    for word in words:
+        if word.partition("=")[0].partition(".")[0] not in SCORING and word != f"env={game}":
+            raise ConfigError(
+                f"{word} would change nothing: the agent is of {game} and brings its own settings; "
+                f"free are {', '.join(SCORING)}"
+            )
 
 
 def compare_simulators(run: str | None, words: Sequence[str]) -> None:
@@ -252,12 +278,20 @@ def compare_simulators(run: str | None, words: Sequence[str]) -> None:
 
 
 def open_tracker(
-    config: Config, graph: Sequence[Stage], run_id: str | None = None
+    config: Config,
+    graph: Sequence[Stage],
+    run_id: str | None = None,
+    shown: dict[str, Any] | None = None,
+    name: str | None = None,
 ) -> Tracker | Silence:
-    """The parent run of this configuration, one for each fingerprint of its last stage."""
+    """The parent run of these stages, one for each fingerprint of the last; see Tracker.
+
+    shown: in place of the configuration.
+    """
     if not leads():
         return Silence()
-    return Tracker(Path(config.runs), result_config(config), graph[-1].fingerprint, run_id)
+    shown = shown or result_config(config)
+    return Tracker(Path(config.runs), shown, graph[-1].fingerprint, run_id, name=name)
 
 
 def scored_controller(graph: Sequence[Stage]) -> Stage:
@@ -269,9 +303,12 @@ def scored_controller(graph: Sequence[Stage]) -> Stage:
 
 def summary(graph: Sequence[Stage]) -> dict[str, float]:
     """What the parent run shows: the scores, the real steps and the wall time."""
+    return scores(graph) | report.costs([stage.record for stage in graph])
+
+
+def scores(graph: Sequence[Stage]) -> dict[str, float]:
     facts = [stage.record["facts"] for stage in graph if stage.name in ("baseline", "evaluate")]
-    costs = report.costs([stage.record for stage in graph])
-    return {key: value for part in [*facts, costs] for key, value in part.items()}
+    return {key: value for part in facts for key, value in part.items()}
 
 
 def print_results(config: Config, graph: Sequence[Stage]) -> None:
