@@ -199,7 +199,7 @@ def unknown_metrics(plan: Plan) -> list[str]:
 def print_plan(plan: Plan, tasks: Mapping[str, Task]) -> None:
     for trial in plan.trials:
         count = len(trial.pipeline.stages)
-        print(f"{trial.done} of {count} stages done  {trial.name}\n    {trial.command}")
+        print(f"{trial.stages_done} of {count} stages done  {trial.name}\n    {trial.command}")
     print(f"{len(tasks)} distinct stages to do, {plan.options.jobs} at a time; ", end="")
     print(time_left(tasks, plan.options.jobs))
 

@@ -21,6 +21,7 @@ from wm.worlds import ORDINARY, World
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+EPISODES, DREAMS = "episodes.csv", "dreams.csv"  # the outcomes that scores are of
 
 
 @dataclass(frozen=True)

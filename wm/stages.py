@@ -51,6 +51,7 @@ class Stage:
         version: raised whenever the stage's code changes what it makes.
         config: everything its result depends on, as plain values.
         inputs: the stages whose folders it reads, by role.
+        round: of a pipeline that goes round more than once; None for what is done once.
         work: makes the outputs in a folder, work(folder, {role: input folder}, run), and returns
             facts for the record, numbers by name.
         root: where the folders of all stages lie.

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wm.evaluate import Score, read_returns, score, score_of_seeds
+from wm.evaluate import DREAMS, EPISODES, Score, read_returns, score, score_of_seeds
 from wm.grid import Cell
 from wm.schedule import Pipeline
 from wm.stages import Stage
 from wm.tracking import Tracker, read_metrics
 
 RETURNS = {  # metrics that are means over episodes, and the file in which their stage keeps these
-    "random/mean": "episodes.csv",
-    "eval/mean": "episodes.csv",
-    "dream/mean": "dreams.csv",
+    "random/mean": EPISODES,
+    "eval/mean": EPISODES,
+    "dream/mean": DREAMS,
 }
 LEAST_SEEDS = 3  # of an interval over training seeds alone, and of what is published
 
@@ -47,8 +47,7 @@ class Trial:
         return f"{self.name} {self.last.fingerprint}"
 
     @property
-    def done(self) -> int:
-        """How many of its stages are."""
+    def stages_done(self) -> int:
         return sum(stage.done for stage in self.pipeline.stages)
 
     @property

@@ -16,7 +16,7 @@ from wm.envs import EnvConfig
 from wm.episodes import EpisodeStore
 from wm.stages import CHECKPOINTS, DONE, Stage, run_stage
 from wm.workers import RandomPlayer
-from wm.worldmodels.work import new_array
+from wm.worldmodels.encode import new_array
 
 ENV, SEEDS = EnvConfig("tiny", max_steps=20), range(10)
 

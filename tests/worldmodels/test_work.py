@@ -26,13 +26,13 @@ from wm.training import TrainerConfig
 from wm.workers import RandomPlayer, play
 from wm.worldmodels import work
 from wm.worldmodels.agent import Agent, AgentConfig, AgentPlayer, read_module, save_tensors
+from wm.worldmodels.encode import encode_store
 from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
 from wm.worldmodels.pictures import reconstruction_error
 from wm.worldmodels.vae import ConvVAE, VisionConfig
 from wm.worldmodels.work import (
     best_round,
     dream_score,
-    encode_store,
     evaluate_agent,
     play_candidates,
     train_memory,

@@ -185,7 +185,12 @@ class MDNRNN(L.LightningModule):
             )
 
     def forward(self, latent: Tensor, action: Tensor, state: State | None = None):
-        """Predictions for the next step of each of T steps, and the state after them."""
+        """Predictions [B,T,...] for the next step of each of T steps, and the state after them.
+
+        Args:
+            latent, action: [B,T,Z] and [B,T,A].
+            state: layers [1,B,H]; zeros if None.
+        """
         hidden, state = self.advance(latent, action, state)
         return self.predict(hidden), state
 

@@ -50,7 +50,7 @@ def traversals(vision: ConvVAE, means: np.ndarray, path: Path) -> Path:
 def warm_start(memory: MDNRNN, latents: Tensor, actions: Tensor) -> Starts:
     """Starts after T real steps, from latents [B,T+1,Z] and actions [B,T,A]."""
     _, state = memory.advance(latents[:, :-1], actions, memory.zero_state(len(latents)))
-    return Starts(latents[:, -1], torch.stack([layer[0] for layer in state], dim=1))
+    return Starts.of(latents[:, -1], state)
 
 
 @torch.inference_mode()
@@ -103,7 +103,7 @@ def starts_within(memory: MDNRNN, means: Tensor, actions: Tensor, moments: np.nd
     """Starts at moments [S] of an episode with latents [T+1,Z] and actions [T,A]."""
     everything = (part.expand(len(moments), -1, -1) for part in (means[:-1], actions))
     state = memory.warm_up(*everything, torch.from_numpy(moments))
-    return Starts(means[moments], torch.stack([layer[0] for layer in state], dim=1))
+    return Starts.of(means[moments], state)
 
 
 def liveliest_step(latents: np.ndarray) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment
 
-from wm.evaluate import read_returns
+from wm.evaluate import EPISODES, read_returns
 from wm.files import write_atomically
 from wm.ranks import leads
 from wm.stages import read_manifest
@@ -16,7 +16,7 @@ from wm.tracking import StageRun
 from wm.training import TrainerConfig
 
 # Mean and standard deviation over 100 episodes; Ha & Schmidhuber 2018 (arXiv 1809.01999), tables 1
-# and 2, and Olesen et al. 2020. `trained in` says where the controller's fitness came from.
+# and 2, and Olesen et al. 2020: who, where the controller's fitness came from, and the score.
 PUBLISHED = {
     "carracing": [
         ("DQN", "real game", "343 ± 18"),
@@ -48,8 +48,8 @@ PICTURES = {
     "evolution.png": "Evolution: the dream's fitness and the real game's",
     "filmstrip.png": "A held-out episode: real, seen, and dreamt from the same frame and actions",
 }
-VIDEO, RETURNS = "episode.mp4", "episodes.csv"
-READS = (*PICTURES, VIDEO, RETURNS)  # of the stages' files, beside their manifests
+VIDEO = "episode.mp4"
+READS = (*PICTURES, VIDEO, EPISODES)  # of the stages' files, beside their manifests
 
 PAGE = Environment(autoescape=True).from_string(
     """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
@@ -144,7 +144,7 @@ def measured(
                 "where": place,
                 "score": f"{facts[f'{prefix}/mean']:.1f} ± {facts[f'{prefix}/std']:.1f}",
                 "interval": f"[{low:.1f}, {high:.1f}]",
-                "episodes": len(read_returns(inputs[label] / RETURNS)),
+                "episodes": len(read_returns(inputs[label] / EPISODES)),
             }
         )
     return rows

@@ -24,6 +24,11 @@ class Starts(NamedTuple):
     latent: Tensor  # [S,Z]
     state: Tensor  # [S,L,H]
 
+    @classmethod
+    def of(cls, latent: Tensor, state: State) -> "Starts":
+        """From latents [S,Z] and M's state, layers [1,S,H]."""
+        return cls(latent, torch.stack([layer[0] for layer in state], dim=1))
+
     def pick(self, index: Tensor) -> tuple[Tensor, State]:
         """Latents [N,Z] and the state of M for start numbers [N]."""
         layers = self.state[index].unbind(1)
@@ -64,4 +69,4 @@ def _warm_up(
         pad_sequence(means, batch_first=True), pad_sequence(actions, batch_first=True), lengths
     )
     current = torch.stack([mean[-1] for mean in means])
-    return Starts(current, torch.stack([layer[0] for layer in state], dim=1))
+    return Starts.of(current, state)

@@ -111,6 +111,7 @@ class ConvVAE(L.LightningModule):
         return mean, log_variance.clamp(-20, 20)  # finite variances for any input
 
     def decode_logits(self, latent: Tensor) -> Tensor:
+        """Logits [B,3,64,64] of p(image | z) for latents [B,Z]."""
         return self.deconv(self.dense(latent)[..., None, None]).float()
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -124,9 +125,17 @@ class ConvVAE(L.LightningModule):
         return self.decode_logits(latent), mean, log_variance
 
     def loss(self, frames: Tensor, previous: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """The negative ELBO of a batch of frames and its two parts, per frame.
+        """What V is trained by: reconstruction + beta * floored KL, in nats a frame.
 
-        previous: the frames before, for the motion weight.
+        With beta 1, no motion weight and no free nats it is the negative ELBO, up to a constant.
+
+        Args:
+            frames: [B,64,64,3] uint8.
+            previous: the frames before, [B,64,64,3], for the motion weight.
+            noise: standard normal [B,Z].
+
+        Returns:
+            loss, reconstruction and kl (before the floor), scalars; mean [B,Z], the latents.
         """
         images = to_images(frames)
         logits, mean, log_variance = self(images, noise)

@@ -4,18 +4,17 @@ A stage's keyword arguments are what its fingerprint covers (see pipeline.stages
 `inputs`, `run` and `trainer` say where the work is done.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from wm import figures
 from wm.collect import CollectConfig, collect, record
@@ -32,8 +31,7 @@ from wm.envs import (
     validation_seeds,
 )
 from wm.episodes import Episode, EpisodeStore
-from wm.evaluate import EvaluateConfig, play_held_out, score, write_outcomes
-from wm.files import cannot_write
+from wm.evaluate import DREAMS, EPISODES, EvaluateConfig, play_held_out, score, write_outcomes
 from wm.ranks import leads, rank, summed, world_size
 from wm.rollout import rollout
 from wm.tracking import StageRun, read_metrics
@@ -48,25 +46,39 @@ from wm.worldmodels.agent import (
     read_module,
     save_tensors,
 )
+from wm.worldmodels.encode import encode_store
 from wm.worldmodels.evolution import (
     STRATEGIES,
     AskAndTell,
     Evolution,
     Fitness,
+    RealGame,
     dream_fitness,
     mean_return,
 )
 from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
 from wm.worldmodels.starts import draw_starts
-from wm.worldmodels.vae import ConvVAE, VisionConfig, encode_frames
+from wm.worldmodels.vae import ConvVAE, VisionConfig
 
 EPOCH_STEPS = 250  # of V and M between validations and checkpoints
-ENCODE_BATCH = 500
 PICTURE_FRAMES = 10
 ERROR_HORIZON = 25
+EVOLVED = "controllers.safetensors"
 
 Inputs = dict[str, Path]
 Facts = dict[str, float]
+
+
+class Evolved(NamedTuple):
+    """What an evolution leaves in its folder."""
+
+    best: Tensor  # [n], the mean with the best validation score
+    mean: Tensor  # [n], the last
+    score: Tensor  # [1], of the best
+
+
+def evolved(folder: Path) -> Evolved:
+    return Evolved(*load_tensors(folder / EVOLVED, Evolved._fields))
 
 
 def collect_episodes(
@@ -128,50 +140,6 @@ def train_vision(
         encode_store(model.to(device(trainer)), store, folder / "latents", known)
     draw_vision(model.cpu(), store, folder, run)
     return last_metrics(folder, "vision/val_", "vision/active")
-
-
-def encode_store(
-    vision: ConvVAE, store: EpisodeStore, folder: Path, known: Latents | None = None
-) -> None:
-    """Mean and log-variance of every frame of a store, in its order, as two .npy files.
-
-    known: those of the first frames, if this V has seen them before.
-    """
-    partial_folder = folder.with_name(f".{folder.name}")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir()
-    shape = (store.total_frames, vision.config.latent)
-    names = ("mean", "log_variance")
-    arrays = [new_array(partial_folder / f"{name}.npy", *shape) for name in names]
-    first = 0
-    if known is not None:
-        first = len(known.mean)
-        for array, name in zip(arrays, names, strict=True):
-            array[:first] = getattr(known, name)
-    starts = range(first, store.total_frames, ENCODE_BATCH)
-    for first in tqdm(starts, "encode", unit="batch"):
-        numbers = np.arange(first, min(first + ENCODE_BATCH, store.total_frames))
-        encoded = encode_frames(vision, store.frames(numbers))
-        for array, part in zip(arrays, encoded, strict=True):
-            array[numbers] = part
-    for array in arrays:
-        array.flush()
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut before it was done
-    os.replace(partial_folder, folder)
-
-
-def new_array(path: Path, rows: int, columns: int) -> np.ndarray:
-    """A .npy file to be filled, with its whole place on the disk: to write to a map of a file for
-    which there is no place kills the process.
-    """
-    try:
-        array = np.lib.format.open_memmap(path, "w+", np.float32, (rows, columns))
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        shutil.rmtree(path.parent)
-        raise cannot_write(path.parent, 4 * rows * columns, error) from error
-    return array
 
 
 def draw_vision(vision: ConvVAE, store: EpisodeStore, folder: Path, run: StageRun) -> None:
@@ -259,34 +227,23 @@ def evolve_controller(
     if leads():
         agent.save(its_folder)  # before `fit`, in which the ranks meet
     settings = config.controller
-    seeds = partial(generation_seeds, settings.episodes, seed, round)
     search_seed = int(np.random.SeedSequence(seed, spawn_key=(round,)).generate_state(1)[0])
     make_strategy = partial(
         STRATEGIES[settings.optimizer], settings, agent.weights.double().numpy(), search_seed
     )
+    seeds = partial(generation_seeds, settings.episodes, seed, round)
     with Workers(trainer.workers) as workers:
-        play = partial(play_candidates, workers, config.env, its_folder)
-        if settings.fitness == "dream":
-            how = settings.part, settings.horizon, trainer.compile, device(trainer)
-            fitness = dream_fitness(workers, its_folder, seeds, *how)
-        else:
-            fitness = real_fitness(play, seeds, run)
-        judges = validation_seeds(settings.validation_episodes)
-
-        def real_game(weights: Tensor) -> list[Outcome]:
-            with run.busy():
-                return play(weights[None], judges)[0]
-
-        module = Evolution(agent.weights, fitness, real_game)
+        tried = trials(config, its_folder, seeds, workers, run, trainer)
+        module = Evolution(agent.weights, *tried)
         data = StepsData(int, [0], settings.generations, settings.validate_every)
         callbacks = [AskAndTell(make_strategy), Busy(run)]
         here = replace(trainer, accelerator="cpu")  # float64 means live there
         fit(module, data, folder, here, run.loggers, log_every=1, callbacks=callbacks)
     if not leads():
         return {}
-    chosen = module.best if settings.keep == "best" else module.mean.detach()
-    kept = {"best": module.best, "mean": module.mean.detach(), "score": module.best_score[None]}
-    save_tensors(folder / "controllers.safetensors", kept)
+    found = Evolved(module.best, module.mean.detach(), module.best_score[None])
+    save_tensors(folder / EVOLVED, found._asdict())
+    chosen = found.best if settings.keep == "best" else found.mean
     replace(agent, weights=chosen).save(its_folder)
     run.log_folder(its_folder, "agent")
     draw_evolution(folder, run)
@@ -294,6 +251,28 @@ def evolve_controller(
         "best/real_score": module.best_score.item(),
         "controller/played_steps": played_steps(folder),
     }
+
+
+def trials(
+    config: AgentConfig,
+    agent: Path,
+    seeds: Callable[[int], list[int]],
+    workers: Workers,
+    run: StageRun,
+    trainer: TrainerConfig,
+) -> tuple[Fitness, RealGame]:
+    """Where candidates are tried, and where means are judged by validation seeds."""
+    settings, play = config.controller, partial(play_candidates, workers, config.env, agent)
+    judges = validation_seeds(settings.validation_episodes)
+
+    def real_game(weights: Tensor) -> list[Outcome]:
+        with run.busy():
+            return play(weights[None], judges)[0]
+
+    if settings.fitness == "real":
+        return real_fitness(play, seeds, run), real_game
+    how = settings.part, settings.horizon, trainer.compile, device(trainer)
+    return dream_fitness(workers, agent, seeds, *how), real_game
 
 
 def played_steps(folder: Path) -> float:
@@ -314,8 +293,7 @@ def new_agent(config: AgentConfig, inputs: Inputs, seed: int) -> Agent:
     agent = Agent(config, vision, memory, torch.empty(0), starts)
     weights = torch.zeros(agent.parameters, dtype=torch.float64)
     if "controller" in inputs:
-        path = inputs["controller"] / "controllers.safetensors"
-        _, weights, _ = load_tensors(path, ("best", "mean", "score"))
+        weights = evolved(inputs["controller"]).mean
     return replace(agent, weights=weights)
 
 
@@ -460,23 +438,18 @@ def dream_score(agent: Agent, evaluation: EvaluateConfig, folder: Path, run: Sta
             seeds, *(values.tolist() for values in vars(result).values()), strict=True
         )
     ]
-    return _keep_score(outcomes, folder, run, "dream", "dreams.csv")
+    return _keep_score(outcomes, folder, run, "dream", DREAMS)
 
 
 def best_round(controllers: Inputs) -> str:
     """The role of the controller with the highest validation score; one alone is that."""
     if len(controllers) == 1:
         return next(iter(controllers))
-    names = ("best", "mean", "score")
-
-    def validated(role: str) -> float:
-        return load_tensors(controllers[role] / "controllers.safetensors", names)[-1].item()
-
-    return max(controllers, key=validated)
+    return max(controllers, key=lambda role: evolved(controllers[role]).score.item())
 
 
 def _keep_score(
-    outcomes: list[Outcome], folder: Path, run: StageRun, name: str, file: str = "episodes.csv"
+    outcomes: list[Outcome], folder: Path, run: StageRun, name: str, file: str = EPISODES
 ) -> Facts:
     write_outcomes(folder / file, outcomes)
     run.log_file(folder / file)

@@ -17,9 +17,9 @@ from wm.worldmodels.bench.dreams import EPISODES, HORIZON, dream_rate, save_drea
 from wm.worldmodels.bench.games import FAST
 from wm.worldmodels.bench.resources import hollow_shard
 from wm.worldmodels.bench.training import bare
+from wm.worldmodels.encode import encode_store
 from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
 from wm.worldmodels.vae import ConvVAE, VisionConfig
-from wm.worldmodels.work import encode_store
 
 STEPS = 10  # of training, for the mean of one
 

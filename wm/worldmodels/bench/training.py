@@ -20,9 +20,9 @@ from wm.training import StepsData, TrainerConfig, fit
 from wm.workers import RandomPlayer
 from wm.worldmodels.bench import plain
 from wm.worldmodels.bench.compare import Comparison, Rate, compare, quiet, timed
+from wm.worldmodels.encode import ENCODE_BATCH, encode_store
 from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
 from wm.worldmodels.vae import ConvVAE, VisionConfig, encode_frames
-from wm.worldmodels.work import ENCODE_BATCH, encode_store
 
 SETTLING, TIMED = 5, 15  # training steps before the clock starts, and while it runs
 Loggers = list[Any]
