@@ -12,7 +12,7 @@ USAGE = """usage: wm COMMAND [env=GAME] [scale=SCALE] [key=value ...]
   collect      play and keep episodes of the real game
   vision       train V, the VAE
   memory       train M, the mixture-density LSTM
-  controller   evolve C
+  controller   evolve or train C
   baseline     score the random policy on held-out seeds
   evaluate     score the agent on held-out seeds; run=ID scores any MLflow run or agent folder,
                pretrained=GAME the one that `wm bundle` has kept

@@ -207,13 +207,13 @@ def _strategy(module: L.LightningModule) -> Any:
     """
     if world_size() == 1:
         return "auto"
-    learns = any(parameter.requires_grad for parameter in module.parameters())
+    learns = module.automatic_optimization and any(p.requires_grad for p in module.parameters())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     return (DDPStrategy if learns else NoGradients)(process_group_backend=backend)
 
 
 class NoGradients(DDPStrategy):
-    """For modules without gradients, which DDP refuses to wrap."""
+    """For modules without gradients, which DDP refuses to wrap, or with steps of their own."""
 
     def configure_ddp(self) -> None:
         """The module stays as it is."""

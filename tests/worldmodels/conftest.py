@@ -62,7 +62,7 @@ def make_agent(vision, make_memory):
             torch.randn(STARTS, layers, m.config.hidden, generator=generator).tanh(),
         )
         agent = Agent(config, vision, m, torch.empty(0), starts)
-        weights = torch.randn(agent.parameters, generator=generator, dtype=torch.float64)
+        weights = torch.randn(agent.config.parameters, generator=generator, dtype=torch.float64)
         return replace(agent, weights=weights)
 
     return make

@@ -26,7 +26,7 @@ def test_an_agent_read_back_acts_and_dreams_alike(make_agent, tmp_path, cell):
     agent.save(tmp_path)
     loaded = Agent.load(tmp_path)
     assert loaded.config == agent.config
-    features = torch.randn(3, agent.features)
+    features = torch.randn(3, agent.config.features)
     assert torch.equal(loaded.controller()(features), agent.controller()(features))
     results = [rollout(a.dreams(3), a.controller(), [1, 2, 3]) for a in (agent, loaded)]
     assert torch.equal(results[0].returns, results[1].returns)

@@ -6,7 +6,7 @@ The files are safetensors and YAML, so that reading a stranger's agent runs no c
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ FILES = (  # of an agent
     "controller.safetensors",
     "starts.safetensors",
 )
+MOST_WEIGHTS = 10_000  # of CMA-ES, whose covariance of these takes 0.8 GB
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -52,6 +53,16 @@ class AgentConfig:
             raise ConfigError("controller.features=zhc needs memory.cell=lstm: a GRU has no cell")
         if self.memory.moves and self.env.name != "takecover":
             raise ConfigError("memory.moves=true is for env=takecover, whose actions are moves")
+        if self.controller.optimizer == "ppo" and self.controller.fitness == "real":
+            raise ConfigError(
+                "controller.optimizer=ppo learns in dreams; in the real game C is evolved: "
+                "controller.optimizer=cma controller.hidden=0"
+            )
+        if self.controller.optimizer == "cma" and self.parameters > MOST_WEIGHTS:
+            raise ConfigError(
+                f"controller.optimizer=cma keeps the covariance of all weights, {self.parameters} "
+                f"here and {MOST_WEIGHTS} at most: controller.hidden=0 makes C linear"
+            )
         if self.controller.fitness == "dream":  # a dream must have something to tell good from bad
             if self.memory.steps == 0:
                 raise ConfigError(
@@ -62,6 +73,20 @@ class AgentConfig:
                 raise ConfigError(f"controller.fitness=dream needs memory.{self.judge}=true here")
             if self.judge == "end_head" and self.controller.end == "never":
                 raise ConfigError("controller.end=never pays every candidate the same here")
+
+    @property
+    def features(self) -> int:
+        """What C sees, in numbers."""
+        return feature_size(self.controller.features, self.vision.latent, self.memory.hidden)
+
+    @property
+    def actions(self) -> int:
+        return action_space(self.env.name).shape[0]
+
+    @property
+    def parameters(self) -> int:
+        """Weights of one controller."""
+        return parameter_count(self.controller, self.features, self.actions)
 
     @property
     def judge(self) -> str:
@@ -125,7 +150,7 @@ class Agent:
         """That C and the starts are of the configuration's sizes, as V and M are already."""
         state = (len(self.memory.zero_state(1)), self.config.memory.hidden)
         fits = {
-            "controller": self.weights.shape == (self.parameters,),
+            "controller": self.weights.shape == (self.config.parameters,),
             "starts": 0 < len(self.starts.latent) == len(self.starts.state)
             and self.starts.latent.shape[1:] == (self.config.vision.latent,)
             and self.starts.state.shape[1:] == state,
@@ -133,25 +158,12 @@ class Agent:
         for name in (name for name, good in fits.items() if not good):
             raise WMError(f"{folder / name}.safetensors does not fit the configuration")
 
-    @cached_property
-    def features(self) -> int:
-        config = self.config
-        return feature_size(config.controller.features, config.vision.latent, config.memory.hidden)
-
-    @property
-    def parameters(self) -> int:
-        """Weights of one controller."""
-        return parameter_count(self.config.controller, self.features, self._actions)
-
-    @property
-    def _actions(self) -> int:
-        return action_space(self.config.env.name).shape[0]
-
     def controller(self, weights: Tensor | None = None) -> Controller:
         """The policy of candidates [P,n], or the agent's own."""
         weights = self.weights[None] if weights is None else weights
-        config, name = self.config.controller, self.config.env.name
-        return Controller(config, name, self.features, self._actions, weights.float())
+        config = self.config
+        sizes = config.features, config.actions
+        return Controller(config.controller, config.env.name, *sizes, weights.float())
 
     def dreams(self, num_envs: int, compiled: bool = False, **changes: Any) -> DreamEnv:
         """Its dreams, with changes to the controller's settings, for instance temperature=1.15."""

@@ -1,4 +1,5 @@
-"""C: a linear policy of about a thousand weights, for a whole population at once.
+"""C: a linear policy of about a thousand weights, or one with a hidden layer, for a whole
+population at once.
 
 Ha & Schmidhuber 2018, section A.3. P candidates, E episodes each, F features, A actions.
 """
@@ -33,12 +34,13 @@ class ControllerConfig:
     precision: Literal["32-true", "bf16-true"] = "32-true"  # of the dream's matrix products
     part: int = bounded(512, 1)  # dreams that a process steps together; smaller use more cores
 
-    optimizer: Literal["cma", "es"] = "cma"
+    optimizer: Literal["cma", "es", "ppo"] = "cma"  # ppo: by gradients, in the dream; see ppo.py
     population: int = bounded(64, 4)
     episodes: int = bounded(16, 1)  # of each candidate
     generations: int = bounded(100, 1)  # in each round
-    sigma: float = bounded(0.1, 1e-6)  # initial (cma) or fixed (es) deviation of candidates
-    step_size: float = bounded(0.03, 0.0)  # es: learning rate
+    sigma: float = bounded(0.1, 1e-6)  # initial (cma) or fixed (es) deviation of candidates, or
+    # the initial one of the noise on raw outputs (ppo)
+    step_size: float = bounded(0.03, 0.0)  # es and ppo: learning rate
     adam: bool = True  # es: Adam, else plain gradient ascent
     validate_every: int = bounded(10, 1)  # generations between scores in the real game
     validation_episodes: int = bounded(8, 1)
@@ -67,6 +69,19 @@ def _layers(config: ControllerConfig, features: int, actions: int) -> list[tuple
     if config.hidden:
         return [(config.hidden, features), (actions, config.hidden)]
     return [(actions, features)]
+
+
+def initial_weights(config: ControllerConfig, features: int, actions: int, seed: int) -> Tensor:
+    """Where the search begins, float64 [n]: at zero, but a hidden layer of zeros has no gradient.
+
+    There it is uniform within 1 / sqrt(inputs), as torch.nn.Linear's.
+    """
+    weights = torch.zeros(parameter_count(config, features, actions), dtype=torch.float64)
+    if config.optimizer == "ppo" and config.hidden:
+        first = config.hidden * features
+        generator = torch.Generator().manual_seed(seed)
+        weights[:first].uniform_(-1, 1, generator=generator).div_(features**0.5)
+    return weights
 
 
 def squash(raw: Tensor, game: str, gas_limit: float = 1.0, drag: float = 0.0) -> Tensor:
@@ -109,8 +124,12 @@ class Controller:
 
     def __call__(self, features: Tensor) -> Tensor:
         """Features [N,F] -> actions [N,A]."""
+        return self.squash(self.raw(features))
+
+    def raw(self, features: Tensor) -> Tensor:
+        """Features [N,F] -> outputs [N,A], before they are squashed to actions."""
         population = len(self.layers[0][0])
         x = features.unflatten(0, (population, -1))
         for number, (matrix, bias) in enumerate(self.layers):
             x = torch.baddbmm(bias, x.tanh() if number else x, matrix)
-        return self.squash(x.flatten(0, 1))
+        return x.flatten(0, 1)

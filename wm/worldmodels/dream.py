@@ -125,6 +125,11 @@ class DreamEnv(VectorEnv):
         """What V sees in the current latents: N frames [64,64,3] uint8."""
         return list(to_frames(self.vision.decode(self._among_all(self.latent))))
 
+    @property
+    def survival(self) -> Tensor:
+        """The chance [N] with which each dream has lived so long: 0 or 1 where ends are drawn."""
+        return self._among_all(self.alive * ~self.ended)
+
     def _disturb(self, actions: Tensor, noise: Tensor) -> Tensor:
         """Actions as in the collected data, where a controller's are noisy too."""
         return (actions + self.config.action_noise * noise).clamp(*self.limits)

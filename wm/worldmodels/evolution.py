@@ -135,28 +135,19 @@ class AskAndTell(Callback):
             self.strategy.tell(self.strategy.ask(), fitness.numpy())
 
 
-class Evolution(L.LightningModule):
-    """Tries candidates in training steps, and the mean in the real game between epochs.
+class Search(L.LightningModule):
+    """Looks for C in training steps, and judges its mean in the real game between epochs.
 
     The best mean by validation score is kept; validation seeds serve nothing else.
     """
 
-    step_unit = "generation"
-
-    def __init__(self, mean: Tensor, fitness: Fitness, real_game: RealGame):
+    def __init__(self, mean: Tensor, real_game: RealGame):
         super().__init__()
         self.automatic_optimization = False
-        self.try_all, self.real_game = fitness, real_game
-        self.mean = nn.Parameter(mean.double().clone(), requires_grad=False)
+        self.real_game = real_game
+        self.mean = nn.Parameter(mean.clone(), requires_grad=False)
         self.register_buffer("best", mean.double().clone())
         self.register_buffer("best_score", torch.tensor(-torch.inf, dtype=torch.float64))
-
-    def training_step(self, batch: Any, number: int) -> None:
-        self.fitness = self.try_all(self.candidates, self.global_step)
-        self.log("controller/fitness_best", self.fitness.max(), prog_bar=True)
-        self.log("controller/fitness_mean", self.fitness.mean(), prog_bar=True)
-        self.log("controller/fitness_worst", self.fitness.min())
-        self.optimizers().step()
 
     def validation_step(self, batch: Any, number: int) -> None:
         outcomes = self.real_game(self.mean.detach())
@@ -167,6 +158,23 @@ class Evolution(L.LightningModule):
         steps = float(sum(outcome.steps for outcome in outcomes))
         self.log("controller/real_score", score, prog_bar=True, batch_size=1)
         self.log("controller/real_steps", steps, batch_size=1)
+
+
+class Evolution(Search):
+    """Tries candidates."""
+
+    step_unit = "generation"
+
+    def __init__(self, mean: Tensor, fitness: Fitness, real_game: RealGame):
+        super().__init__(mean.double(), real_game)
+        self.try_all = fitness
+
+    def training_step(self, batch: Any, number: int) -> None:
+        self.fitness = self.try_all(self.candidates, self.global_step)
+        self.log("controller/fitness_best", self.fitness.max(), prog_bar=True)
+        self.log("controller/fitness_mean", self.fitness.mean(), prog_bar=True)
+        self.log("controller/fitness_worst", self.fitness.min())
+        self.optimizers().step()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return CountingOptimizer([self.mean], {})

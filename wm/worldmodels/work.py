@@ -46,17 +46,19 @@ from wm.worldmodels.agent import (
     read_module,
     save_tensors,
 )
+from wm.worldmodels.controller import initial_weights
 from wm.worldmodels.encode import encode_store
 from wm.worldmodels.evolution import (
     STRATEGIES,
     AskAndTell,
     Evolution,
     Fitness,
-    RealGame,
+    Strategy,
     dream_fitness,
     mean_return,
 )
 from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
+from wm.worldmodels.ppo import PPO
 from wm.worldmodels.starts import draw_starts
 from wm.worldmodels.vae import ConvVAE, VisionConfig
 
@@ -67,6 +69,7 @@ EVOLVED = "controllers.safetensors"
 
 Inputs = dict[str, Path]
 Facts = dict[str, float]
+Play = Callable[[Tensor, Sequence[int]], list[list[Outcome]]]  # see play_candidates
 
 
 class Evolved(NamedTuple):
@@ -222,22 +225,30 @@ def evolve_controller(
     seed: int,
     round: int,
 ) -> Facts:
-    """Evolve C, in the dream or in the real game, and save the whole agent."""
+    """Evolve C, in the dream or in the real game, or train it there; save the whole agent."""
     agent, its_folder = new_agent(config, inputs, seed), folder / "agent"
     if leads():
         agent.save(its_folder)  # before `fit`, in which the ranks meet
     settings = config.controller
-    search_seed = int(np.random.SeedSequence(seed, spawn_key=(round,)).generate_state(1)[0])
-    make_strategy = partial(
-        STRATEGIES[settings.optimizer], settings, agent.weights.double().numpy(), search_seed
-    )
-    seeds = partial(generation_seeds, settings.episodes, seed, round)
     with Workers(trainer.workers) as workers:
-        tried = trials(config, its_folder, seeds, workers, run, trainer)
-        module = Evolution(agent.weights, *tried)
+        play = partial(play_candidates, workers, config.env, its_folder)
+        real_game = partial(judge, play, validation_seeds(settings.validation_episodes), run)
+        if settings.optimizer == "ppo":
+            seeds = partial(generation_seeds, settings.population * settings.episodes, seed, round)
+            module, callbacks = PPO(agent, seeds, real_game, trainer.compile), []
+        else:
+            seeds = partial(generation_seeds, settings.episodes, seed, round)
+            how = settings.part, settings.horizon, trainer.compile, device(trainer)
+            fitness = (
+                real_fitness(play, seeds, run)
+                if settings.fitness == "real"
+                else dream_fitness(workers, its_folder, seeds, *how)
+            )
+            module = Evolution(agent.weights, fitness, real_game)
+            callbacks = [AskAndTell(partial(make_strategy, agent, seed, round))]
         data = StepsData(int, [0], settings.generations, settings.validate_every)
-        callbacks = [AskAndTell(make_strategy), Busy(run)]
         here = replace(trainer, accelerator="cpu")  # float64 means live there
+        callbacks.append(Busy(run))
         fit(module, data, folder, here, run.loggers, log_every=1, callbacks=callbacks)
     if not leads():
         return {}
@@ -253,26 +264,17 @@ def evolve_controller(
     }
 
 
-def trials(
-    config: AgentConfig,
-    agent: Path,
-    seeds: Callable[[int], list[int]],
-    workers: Workers,
-    run: StageRun,
-    trainer: TrainerConfig,
-) -> tuple[Fitness, RealGame]:
-    """Where candidates are tried, and where means are judged by validation seeds."""
-    settings, play = config.controller, partial(play_candidates, workers, config.env, agent)
-    judges = validation_seeds(settings.validation_episodes)
+def make_strategy(agent: Agent, seed: int, round: int) -> Strategy:
+    """A search from the agent's C, whose random numbers are of this training seed and round."""
+    its_seed = int(np.random.SeedSequence(seed, spawn_key=(round,)).generate_state(1)[0])
+    settings, mean = agent.config.controller, agent.weights.double().numpy()
+    return STRATEGIES[settings.optimizer](settings, mean, its_seed)
 
-    def real_game(weights: Tensor) -> list[Outcome]:
-        with run.busy():
-            return play(weights[None], judges)[0]
 
-    if settings.fitness == "real":
-        return real_fitness(play, seeds, run), real_game
-    how = settings.part, settings.horizon, trainer.compile, device(trainer)
-    return dream_fitness(workers, agent, seeds, *how), real_game
+def judge(play: Play, seeds: Sequence[int], run: StageRun, weights: Tensor) -> list[Outcome]:
+    """The real game's episodes of C with weights [n]."""
+    with run.busy():
+        return play(weights[None], seeds)[0]
 
 
 def played_steps(folder: Path) -> float:
@@ -291,10 +293,10 @@ def new_agent(config: AgentConfig, inputs: Inputs, seed: int) -> Agent:
     latents = Latents(inputs["vision"] / "latents")
     starts = draw_starts(memory, collected(inputs), latents, config.controller.start, seed)
     agent = Agent(config, vision, memory, torch.empty(0), starts)
-    weights = torch.zeros(agent.parameters, dtype=torch.float64)
     if "controller" in inputs:
-        weights = evolved(inputs["controller"]).mean
-    return replace(agent, weights=weights)
+        return replace(agent, weights=evolved(inputs["controller"]).mean)
+    first = initial_weights(config.controller, agent.config.features, agent.config.actions, seed)
+    return replace(agent, weights=first)
 
 
 def generation_seeds(episodes: int, seed: int, round: int, generation: int) -> list[int]:
@@ -329,7 +331,7 @@ def play_candidates(
 
 
 def real_fitness(
-    play: Callable[[Tensor, list[int]], list[list[Outcome]]],
+    play: Play,
     seeds: Callable[[int], list[int]],
     run: StageRun,
 ) -> Fitness:
@@ -347,7 +349,8 @@ def real_fitness(
 def draw_evolution(folder: Path, run: StageRun) -> None:
     history = read_metrics(folder)
     names = {"fitness_best": "best", "fitness_mean": "mean", "fitness_worst": "worst"}
-    lines = {label: history[f"controller/{name}"] for name, label in names.items()}
+    known = {label: history.get(f"controller/{name}") for name, label in names.items()}
+    lines = {label: line for label, line in known.items() if line}
     lines["real game (validation)"] = history["controller/real_score"]
     points = {name: (list(line), list(line.values())) for name, line in lines.items()}
     figure = figures.curves(points, "generation", "return")

@@ -37,7 +37,7 @@ def save_dreamer(folder: Path, game: str, precision: str = "32-true") -> Agent:
     torch.nn.init.constant_(memory.end_head.bias, -1000.0)
     starts = Starts(torch.randn(100, latent), 0.1 * torch.randn(100, 2, hidden))
     agent = Agent(config, ConvVAE(config.vision), memory, torch.empty(0), starts)
-    agent = replace(agent, weights=torch.randn(agent.parameters))
+    agent = replace(agent, weights=torch.randn(agent.config.parameters))
     agent.save(folder)
     return agent
 
@@ -47,7 +47,7 @@ def dream_rate(workers: Workers, folder: Path, agent: Agent, population: int = P
     config, seeds = agent.config.controller, list(range(EPISODES))
     sizes = config.part, config.horizon
     fitness = dream_fitness(workers, folder, lambda _: seeds, *sizes, compiled=True)
-    candidates = 0.1 * torch.randn(population, agent.parameters)
+    candidates = 0.1 * torch.randn(population, agent.config.parameters)
     fitness(candidates, 0)  # compiles
     steps = population * EPISODES * config.horizon
     return lambda: timed(steps, lambda: fitness(candidates, 0))

@@ -42,7 +42,7 @@ def ranks(agent: Agent, workers: Workers, compiled: bool = True) -> dict[str, di
     nan where candidates are all equally fit, for instance where every dream lasts to the horizon.
     """
     chance = torch.Generator().manual_seed(0)
-    noise = torch.randn(CANDIDATES, agent.parameters, generator=chance)
+    noise = torch.randn(CANDIDATES, agent.config.parameters, generator=chance)
     groups = {
         "around the agent": agent.weights + DEVIATION * noise,
         "around zero": agent.config.controller.sigma * noise,

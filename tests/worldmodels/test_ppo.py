@@ -1,0 +1,144 @@
+"""PPO: advantages by their definition, the gradient by that of the policy, a small game, resume."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from wm.config import ConfigError
+from wm.envs import EnvConfig
+from wm.training import StepsData, TrainerConfig, fit
+from wm.workers import Outcome
+from wm.worldmodels.agent import AgentConfig
+from wm.worldmodels.controller import ControllerConfig, initial_weights
+from wm.worldmodels.ppo import DISCOUNT, PPO, TRACE, VALUE, Experience
+from wm.worldmodels.work import generation_seeds
+
+SETTINGS = {"optimizer": "ppo", "hidden": 3, "sigma": 0.5, "step_size": 1e-2, "horizon": 8}
+
+
+def real_game(weights):
+    return [Outcome(0, -weights.square().sum().item(), 10, True)]
+
+
+@pytest.fixture
+def learner(make_agent):
+    """learner(**settings): PPO of a small agent in sixteen of its dreams."""
+
+    def make(**settings):
+        torch.manual_seed(0)  # the critic's
+        agent = make_agent(**{**SETTINGS, **settings})
+        return PPO(agent, partial(generation_seeds, 16, 0, 0), real_game, compiled=False)
+
+    return make
+
+
+def dream(module, seed=0):
+    return module.dream(generation_seeds(16, 0, 0, 0), torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("end", ["expected", "calibrated", "never"])
+def test_what_is_dreamt_after_an_end_counts_for_nothing(learner, end):
+    module = learner(end=end)
+    torch.nn.init.constant_(module.agent.memory.end_head.bias, 2.0)  # ends come soon
+    dreamt = dream(module)
+    chance = dreamt.alive
+    assert (chance[0] == 1).all() and (chance[1:] <= chance[:-1]).all()
+    assert ((chance == 0) | (chance == 1)).all() == (end != "expected")
+    assert (chance[-1] == 1).all() == (end == "never")
+    assert (dreamt.reward[chance[:-1] == 0] == 0).all()
+
+
+def test_advantages_are_discounted_sums_of_the_critics_surprises(learner):
+    module, T, N = learner(), 5, 3
+    features = torch.randn(T + 1, N, module.agent.config.features)
+    alive = torch.tensor(
+        [[1.0, 1, 1], [1, 0.9, 1], [1, 0.5, 1], [1, 0.4, 0], [1, 0.1, 0], [1, 0, 0]]
+    )
+    dreamt = Experience(features, torch.zeros(T, N, 1), torch.rand(T, N) * alive[:-1], alive)
+    advantage, target = module.judge(dreamt)
+    value = torch.stack([VALUE * module.critic(x) for x in features]) * alive
+    for n in range(N):
+        surprises = [
+            dreamt.reward[t, n] + DISCOUNT * value[t + 1, n] - value[t, n] for t in range(T)
+        ]
+        for t in range(T):
+            expected = sum((DISCOUNT * TRACE) ** (k - t) * surprises[k] for k in range(t, T))
+            torch.testing.assert_close(target[t, n], expected + value[t, n])
+    raw = target - value[:-1]
+    torch.testing.assert_close(advantage, raw / raw.square().mean().sqrt())
+
+
+def test_before_the_first_step_the_gradient_is_that_of_the_policy(learner):
+    module = learner()
+    dreamt = dream(module)
+    seen = dreamt.features[:-1].flatten(0, 1)
+    raw = dreamt.raw.flatten(0, 1)
+    advantage = torch.randn(len(raw))
+    old = module.log_probability(seen, raw).detach()
+    nothing = torch.zeros(len(raw))
+    loss = module.loss(seen, raw, old, nothing, advantage, nothing)
+    direct = -(module.log_probability(seen, raw) * advantage).mean()
+    for mine, expected in zip(
+        torch.autograd.grad(loss, [module.mean, module.spread]),
+        torch.autograd.grad(direct, [module.mean, module.spread]),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, expected)
+
+
+def train(module, folder, iterations=6):
+    fit(module, StepsData(int, [0], iterations, 2), folder, TrainerConfig("cpu"), [])
+    return module
+
+
+def test_c_learns_what_pays_in_a_dream(learner, tmp_path):
+    """M pays for the first latent, which an action above 0 raises."""
+    module = learner(end="never")
+    M = module.agent.memory
+    with torch.no_grad():
+        for parameter in M.parameters():
+            parameter.zero_()
+        actions = M.latent  # the column of the action among M's inputs
+        M.rnn.weight_ih_l0[2 * M.config.hidden, actions] = 3.0  # new = tanh(3 a)
+        M.reward_head.weight[0, 0] = 1.0
+    before = dream(module).reward.sum(0).mean()
+    train(module, tmp_path, iterations=20)
+    after = dream(module).reward.sum(0).mean()
+    assert after > before + 0.5 * module.agent.config.controller.horizon * 0.3
+
+
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(learner, tmp_path):
+    whole = train(learner(), tmp_path / "whole")
+    broken = learner()
+    usual = broken.dream
+
+    def dream(seeds, generator):
+        if broken.global_step == 3:
+            raise RuntimeError("power cut")
+        return usual(seeds, generator)
+
+    broken.dream = dream
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(broken, tmp_path / "cut")
+    resumed = train(learner(), tmp_path / "cut")
+    assert resumed.trainer.global_step == 6
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    assert not torch.equal(whole.mean, learner().mean)
+
+
+def test_only_a_hidden_layer_begins_elsewhere_than_at_zero():
+    linear, deep = ControllerConfig(optimizer="ppo"), ControllerConfig(optimizer="ppo", hidden=5)
+    assert (initial_weights(linear, 40, 2, 0) == 0).all()
+    weights, same, other = (initial_weights(deep, 40, 2, seed) for seed in (1, 1, 2))
+    assert torch.equal(weights, same) and not torch.equal(weights, other)
+    first = weights[: 5 * 40]
+    assert 0 < first.abs().max() <= 40**-0.5 and (weights[5 * 40 :] == 0).all()
+
+
+def test_ppo_in_the_real_game_is_refused():
+    with pytest.raises(ConfigError, match="learns in dreams"):
+        AgentConfig(
+            EnvConfig("takecover"), controller=ControllerConfig(optimizer="ppo", fitness="real")
+        )

@@ -1,0 +1,172 @@
+"""C by gradients: proximal policy optimisation in the dream (Schulman et al. 2017).
+
+What evolution does not find in time, a C with a hidden layer and its ten thousands of weights, is
+learnt in minutes. An iteration is one step of Lightning's Trainer, as a generation is: C dreams
+with Gaussian noise on its raw outputs, and then follows the clipped gradient of what that brought.
+N dreams, T steps, F features, A actions, n weights of C.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from gymnasium.vector import VectorWrapper
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+from wm.ranks import of_leader
+from wm.rollout import rollout
+from wm.worldmodels.agent import Agent
+from wm.worldmodels.controller import Controller
+from wm.worldmodels.dream import DreamEnv
+from wm.worldmodels.evolution import RealGame, Search
+
+DISCOUNT = 0.98  # of a step: fifty ahead count
+TRACE = 0.95  # lambda of generalised advantage estimation
+CLIP = 0.2
+EPOCHS, BATCH = 3, 4096  # passes over the steps of an iteration, and steps of a gradient
+CRITIC = 128  # hidden units
+APART = 1 << 40  # from the seeds of dreams, which have noise of their own
+VALUE = 50.0  # the critic's unit: about what a step and those that count after it pay
+
+
+class Experience(NamedTuple):
+    """What an iteration has dreamt. A dream that has ended, or was left out, has weight 0."""
+
+    features: Tensor  # [T+1,N,F]
+    raw: Tensor  # [T,N,A]: C's outputs with their noise, before they are squashed
+    reward: Tensor  # [T,N], times the chance of having lived so long
+    alive: Tensor  # [T+1,N]: that chance
+
+
+class Recorder(VectorWrapper):
+    """Keeps what a rollout sees and gets."""
+
+    env: DreamEnv
+
+    def reset(self, **arguments: Any) -> tuple[Tensor, dict]:
+        observation, info = self.env.reset(**arguments)
+        self.features, self.rewards, self.alive = [observation], [], [self.env.survival]
+        return observation, info
+
+    def step(self, actions: Any):
+        observation, reward, *ended = self.env.step(actions)
+        self.features.append(observation)
+        self.rewards.append(reward * (self.alive[-1] > 0))
+        self.alive.append(self.env.survival)
+        return observation, reward, *ended
+
+
+class Explorer:
+    """C with Gaussian noise on its raw outputs; keeps them."""
+
+    def __init__(self, controller: Controller, deviation: Tensor, generator: torch.Generator):
+        self.controller, self.deviation, self.generator = controller, deviation, generator
+
+    def reset(self, seeds: Any) -> None:
+        self.raw: list[Tensor] = []
+
+    def __call__(self, features: Tensor) -> Tensor:
+        raw = self.controller.raw(features)
+        noise = torch.randn(raw.shape, generator=self.generator).to(raw.device)
+        self.raw.append(raw + self.deviation * noise)
+        return self.controller.squash(self.raw[-1])
+
+
+class PPO(Search):
+    """Improves C from dreams, and judges it in the real game between epochs.
+
+    Args:
+        agent: whose V, M and starts are dreamt with, and whose C is begun with.
+        seeds: iteration -> the seeds of its dreams, [N].
+        compiled: fuse the dream's step.
+    """
+
+    step_unit = "iteration"
+
+    def __init__(
+        self,
+        agent: Agent,
+        seeds: Callable[[int], list[int]],
+        real_game: RealGame,
+        compiled: bool,
+    ):
+        settings = agent.config.controller
+        super().__init__(agent.weights.float(), real_game)
+        self.mean.requires_grad_()
+        self.agent, self.seeds, self.compiled = agent, seeds, compiled
+        self.spread = nn.Parameter(torch.full((agent.config.actions,), settings.sigma).log())
+        self.critic = nn.Sequential(
+            nn.Linear(agent.config.features, CRITIC), nn.Tanh(), nn.Linear(CRITIC, 1), nn.Flatten(0)
+        )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), self.agent.config.controller.step_size)
+
+    def training_step(self, batch: Any, number: int) -> None:
+        seeds = self.seeds(self.global_step)
+        generator = torch.Generator().manual_seed(APART + seeds[0])
+        dreamt = self.dream(seeds, generator)
+        seen, advantage, target = dreamt.features[:-1], *self.judge(dreamt)
+        old = self.log_probability(seen, dreamt.raw).detach()
+        steps = seen, dreamt.raw, old, dreamt.alive[:-1], advantage, target
+        steps = [values.flatten(0, 1) for values in steps]
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        for _ in range(EPOCHS):
+            for chosen in torch.randperm(len(steps[0]), generator=generator).split(BATCH):
+                optimizer.zero_grad()
+                self.loss(*(values[chosen] for values in steps)).backward()
+                optimizer.step()
+        optimizer.zero_grad()
+        self.optimizers().step()  # changes nothing: Lightning counts iterations by it
+        for parameter in self.parameters():
+            parameter.data.copy_(of_leader(parameter.data))
+        self.log("controller/fitness_mean", dreamt.reward.sum(0).mean(), prog_bar=True)
+        self.log("controller/sigma", self.spread.exp().mean())
+
+    def dream(self, seeds: list[int], generator: torch.Generator) -> Experience:
+        """N dreams of C with noise."""
+        envs = Recorder(self.agent.dreams(len(seeds), self.compiled))
+        explorer = Explorer(self.controller(), self.spread.exp(), generator)
+        rollout(envs, explorer, seeds)
+        kept = envs.features, explorer.raw, envs.rewards, envs.alive
+        return Experience(*(torch.stack(values) for values in kept))
+
+    def controller(self) -> Controller:
+        return self.agent.controller(self.mean[None])
+
+    def log_probability(self, features: Tensor, raw: Tensor) -> Tensor:
+        """Of raw outputs [...,A] where C sees features [...,F]."""
+        mean = self.controller().raw(features.flatten(0, -2)).view_as(raw)
+        return Normal(mean, self.spread.exp()).log_prob(raw).sum(-1)
+
+    @torch.no_grad()
+    def judge(self, dreamt: Experience) -> tuple[Tensor, Tensor]:
+        """Generalised advantages (Schulman et al. 2016) and the critic's targets, [T,N] each.
+
+        Both are times the chance of having lived so long: what comes after an end counts as much
+        as it is likely to come.
+        """
+        value = dreamt.alive * torch.stack([self.critic(x) for x in dreamt.features]) * VALUE
+        surprise = dreamt.reward + DISCOUNT * value[1:] - value[:-1]
+        advantage = torch.zeros_like(surprise)
+        carried = torch.zeros_like(surprise[0])
+        for t in reversed(range(len(surprise))):
+            advantage[t] = carried = surprise[t] + DISCOUNT * TRACE * carried
+        return advantage / advantage.square().mean().sqrt(), advantage + value[:-1]
+
+    def loss(
+        self,
+        features: Tensor,
+        raw: Tensor,
+        old: Tensor,
+        alive: Tensor,
+        advantage: Tensor,
+        target: Tensor,
+    ) -> Tensor:
+        """The clipped surrogate and the critic's squared error on B steps."""
+        ratio = (self.log_probability(features, raw) - old).exp()
+        clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
+        gain = torch.minimum(ratio * advantage, clipped * advantage).mean()
+        error = alive * self.critic(features) - target / VALUE
+        return error.square().mean() - gain
