@@ -26,7 +26,6 @@ def learner(make_agent):
     """learner(**settings): PPO of a small agent in sixteen of its dreams."""
 
     def make(**settings):
-        torch.manual_seed(0)  # the critic's
         agent = make_agent(**{**SETTINGS, **settings})
         return PPO(agent, partial(generation_seeds, 16, 0, 0), real_game, compiled=False)
 
@@ -105,7 +104,7 @@ def test_c_learns_what_pays_in_a_dream(learner, tmp_path):
     before = dream(module).reward.sum(0).mean()
     train(module, tmp_path, iterations=20)
     after = dream(module).reward.sum(0).mean()
-    assert after > before + 0.5 * module.agent.config.controller.horizon * 0.3
+    assert after > before + 0.8  # at most 2.5 can be had
 
 
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(learner, tmp_path):
@@ -126,6 +125,11 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(learner, tmp_path)
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
     assert not torch.equal(whole.mean, learner().mean)
+
+
+def test_a_critic_begins_the_same_whatever_was_drawn_before(learner):
+    one, other = learner(), learner()  # make_agent has drawn in between
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def test_only_a_hidden_layer_begins_elsewhere_than_at_zero():

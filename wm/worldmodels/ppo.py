@@ -96,9 +96,12 @@ class PPO(Search):
         self.mean.requires_grad_()
         self.agent, self.seeds, self.compiled = agent, seeds, compiled
         self.spread = nn.Parameter(torch.full((agent.config.actions,), settings.sigma).log())
-        self.critic = nn.Sequential(
-            nn.Linear(agent.config.features, CRITIC), nn.Tanh(), nn.Linear(CRITIC, 1), nn.Flatten(0)
-        )
+        with torch.random.fork_rng(devices=[]):  # whatever has been trained in this process before
+            torch.manual_seed(APART + seeds(0)[0])
+            self.critic = nn.Sequential(
+                *(nn.Linear(agent.config.features, CRITIC), nn.Tanh()),
+                *(nn.Linear(CRITIC, 1), nn.Flatten(0)),
+            )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), self.agent.config.controller.step_size)
@@ -164,7 +167,13 @@ class PPO(Search):
         advantage: Tensor,
         target: Tensor,
     ) -> Tensor:
-        """The clipped surrogate and the critic's squared error on B steps."""
+        """The critic's squared error less the clipped surrogate, of B steps.
+
+        Args:
+            features, raw: [B,F] and [B,A], what C saw and gave.
+            old: log-probability [B] of raw as it was dreamt.
+            alive, advantage, target: [B], see Experience and judge.
+        """
         ratio = (self.log_probability(features, raw) - old).exp()
         clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
         gain = torch.minimum(ratio * advantage, clipped * advantage).mean()
