@@ -25,6 +25,7 @@ from wm.results import write_results
 from wm.schedule import Pipeline, Task, last_lines, missing_tasks, run_tasks
 from wm.stages import Stage
 from wm.tracking import Tracker, ui_command
+from wm.training import require_accelerator
 from wm.trials import LEAST_SEEDS, Trial
 from wm.workers import Workers
 
@@ -124,6 +125,7 @@ def make_plan(family: Family, words: Sequence[str]) -> Plan:
     grid, source = read_grid(Path(files[0])), Path(files[0])
     grid = at_scale(grid, load(family.Config, base_words(grid, others)).scale)
     base = load(family.Config, base_words(grid, others))
+    require_accelerator(base.trainer.accelerator)
     grid = replace(grid, seeds=list(dict.fromkeys(options.seeds or grid.seeds)))
     if options.publish and len(grid.seeds) < LEAST_SEEDS:
         raise ConfigError(f"what is published needs {LEAST_SEEDS} training seeds at least")

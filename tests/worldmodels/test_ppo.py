@@ -1,20 +1,23 @@
 """PPO: advantages by their definition, the gradient by that of the policy, a small game, resume."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from wm import WMError
 from wm.config import ConfigError
 from wm.envs import EnvConfig
 from wm.training import StepsData, TrainerConfig, fit
 from wm.workers import Outcome
+from wm.worldmodels import ppo
 from wm.worldmodels.agent import AgentConfig
 from wm.worldmodels.controller import ControllerConfig, initial_weights
 from wm.worldmodels.ppo import DISCOUNT, PPO, TRACE, VALUE, Experience
 from wm.worldmodels.work import generation_seeds
 
-SETTINGS = {"optimizer": "ppo", "hidden": 3, "sigma": 0.5, "step_size": 1e-2, "horizon": 8}
+SETTINGS = {"optimizer": "ppo", "hidden": 3, "horizon": 8}
 
 
 def real_game(weights):
@@ -55,7 +58,7 @@ def test_advantages_are_discounted_sums_of_the_critics_surprises(learner):
         [[1.0, 1, 1], [1, 0.9, 1], [1, 0.5, 1], [1, 0.4, 0], [1, 0.1, 0], [1, 0, 0]]
     )
     dreamt = Experience(features, torch.zeros(T, N, 1), torch.rand(T, N) * alive[:-1], alive)
-    advantage, target = module.judge(dreamt)
+    advantage, target = module.advantages(dreamt)
     value = torch.stack([VALUE * module.critic(x) for x in features]) * alive
     for n in range(N):
         surprises = [
@@ -91,8 +94,9 @@ def train(module, folder, iterations=6):
     return module
 
 
-def test_c_learns_what_pays_in_a_dream(learner, tmp_path):
-    """M pays for the first latent, which an action above 0 raises."""
+def test_c_learns_what_pays_in_a_dream(learner, tmp_path, monkeypatch):
+    """M pays for its first hidden unit, which an action above 0 raises."""
+    monkeypatch.setattr(ppo, "RATE", 1e-2)
     module = learner(end="never")
     M = module.agent.memory
     with torch.no_grad():
@@ -130,6 +134,26 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(learner, tmp_path)
 def test_a_critic_begins_the_same_whatever_was_drawn_before(learner):
     one, other = learner(), learner()  # make_agent has drawn in between
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_a_loss_that_is_not_finite_reaches_no_weight(learner, tmp_path):
+    module = learner()
+    before = module.mean.clone()
+    torch.nn.init.constant_(module.critic[2].bias, torch.nan)
+    with pytest.raises(WMError, match="the loss is not finite"):
+        train(module, tmp_path)
+    assert torch.equal(module.mean, before)
+
+
+def test_ranks_that_do_not_lead_wait_for_what_the_leader_learns(learner, monkeypatch):
+    module = learner()
+    monkeypatch.setattr(ppo, "leads", lambda: False)
+    monkeypatch.setattr(ppo, "of_leader", lambda tensor: tensor + 1)
+    monkeypatch.setattr(module, "optimizers", lambda: SimpleNamespace(step=lambda: None))
+    before = [parameter.clone() for parameter in module.parameters()]
+    module.training_step(0, 0)
+    for mine, was in zip(module.parameters(), before, strict=True):
+        torch.testing.assert_close(mine, was + 1)
 
 
 def test_only_a_hidden_layer_begins_elsewhere_than_at_zero():

@@ -70,8 +70,10 @@ class AgentConfig:
                     "controller.fitness=real"
                 )
             if not self.dreams_pay:
-                raise ConfigError(f"controller.fitness=dream needs memory.{self.judge}=true here")
-            if self.judge == "end_head" and self.controller.end == "never":
+                raise ConfigError(
+                    f"controller.fitness=dream needs memory.{self.paying_head}=true here"
+                )
+            if self.paying_head == "end_head" and self.controller.end == "never":
                 raise ConfigError("controller.end=never pays every candidate the same here")
 
     @property
@@ -89,13 +91,13 @@ class AgentConfig:
         return parameter_count(self.controller, self.features, self.actions)
 
     @property
-    def judge(self) -> str:
+    def paying_head(self) -> str:
         """The head of M that tells good from bad in a dream."""
         return "end_head" if self.env.name == "takecover" else "reward_head"
 
     @property
     def dreams_pay(self) -> bool:
-        return getattr(self.memory, self.judge)
+        return getattr(self.memory, self.paying_head)
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ def make_dreams(
     if agent.config.env.name != game:
         raise WMError(f"{run} dreams of {agent.config.env.name}, not of {game}")
     if not agent.config.dreams_pay:
-        lack = agent.config.judge.replace("_", " ")
+        lack = agent.config.paying_head.replace("_", " ")
         raise WMError(f"M of {run} has no {lack}: its dreams pay the same whatever is done")
     return agent.dreams(num_envs, **changes)
 

@@ -38,9 +38,8 @@ class ControllerConfig:
     population: int = bounded(64, 4)
     episodes: int = bounded(16, 1)  # of each candidate
     generations: int = bounded(100, 1)  # in each round
-    sigma: float = bounded(0.1, 1e-6)  # initial (cma) or fixed (es) deviation of candidates, or
-    # the initial one of the noise on raw outputs (ppo)
-    step_size: float = bounded(0.03, 0.0)  # es and ppo: learning rate
+    sigma: float = bounded(0.1, 1e-6)  # initial (cma) or fixed (es) deviation of candidates
+    step_size: float = bounded(0.03, 0.0)  # es: learning rate
     adam: bool = True  # es: Adam, else plain gradient ascent
     validate_every: int = bounded(10, 1)  # generations between scores in the real game
     validation_episodes: int = bounded(8, 1)

@@ -65,8 +65,14 @@ class Config:
     def agent(self) -> AgentConfig:
         return AgentConfig(self.env, self.vision, self.memory, self.controller)
 
+    @property
+    def tuned(self) -> AgentConfig:
+        """Of the agent that goes on in the real game."""
+        real = replace(self.controller, fitness="real", **asdict(self.tuning))
+        return replace(self.agent, controller=real)
+
     def __post_init__(self) -> None:
-        _ = self.agent  # refuses settings that do not go together
+        _ = self.agent, self.tuning.generations and self.tuned  # refuse what does not go together
         if self.collect.simulator == "envpool":
             require_envpool(self.env)
         require_world(self.env.name, self.evaluate.world)
@@ -92,9 +98,8 @@ def stages(config: Config) -> list[Stage]:
         C = {"controller": make("controller", work.evolve_controller, data | V | M | C, evolved, r)}
         graph += [collect, V["vision"], M["memory"], C["controller"]]
     if config.tuning.generations:
-        real = replace(config.controller, fitness="real", **asdict(config.tuning))
-        r, tuned = config.rounds, replace(config.agent, controller=real)
-        evolved = {"config": tuned, "seed": seed, "round": r}
+        r = config.rounds
+        evolved = {"config": config.tuned, "seed": seed, "round": r}
         C = {"controller": make("controller", work.evolve_controller, data | V | M | C, evolved, r)}
         graph.append(C["controller"])
     evaluation = {"env": env, "evaluation": config.evaluate}
@@ -193,8 +198,7 @@ def begin(words: Sequence[str]) -> tuple[Config, list[str], bool]:
     config = load(Config, words)
     if repair and config.trainer.devices * config.trainer.num_nodes > 1:
         raise WMError(f"{REPAIR} works alone: leave out trainer.devices and trainer.num_nodes")
-    if config.trainer.accelerator != "cpu":
-        require_accelerator(config.trainer.accelerator)
+    require_accelerator(config.trainer.accelerator)
     gather(config.trainer.devices, config.trainer.num_nodes)
     return config, words, repair
 

@@ -14,13 +14,15 @@ from gymnasium.vector import VectorWrapper
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from wm.ranks import of_leader
+from wm.ranks import leads, of_leader
 from wm.rollout import rollout
 from wm.worldmodels.agent import Agent
 from wm.worldmodels.controller import Controller
 from wm.worldmodels.dream import DreamEnv
 from wm.worldmodels.evolution import RealGame, Search
 
+RATE = 1e-3  # of Adam
+DEVIATION = 0.5  # of the noise on C's raw outputs, at first; it learns with C
 DISCOUNT = 0.98  # of a step: fifty ahead count
 TRACE = 0.95  # lambda of generalised advantage estimation
 CLIP = 0.2
@@ -44,17 +46,27 @@ class Recorder(VectorWrapper):
 
     env: DreamEnv
 
+    def __init__(self, envs: DreamEnv):
+        super().__init__(envs)
+        steps = envs.config.horizon + 1, *envs.observation_space.shape
+        self.seen = torch.empty(steps, device=envs.device)  # a list would take twice the memory
+
     def reset(self, **arguments: Any) -> tuple[Tensor, dict]:
-        observation, info = self.env.reset(**arguments)
-        self.features, self.rewards, self.alive = [observation], [], [self.env.survival]
-        return observation, info
+        self.seen[0], info = self.env.reset(**arguments)
+        self.rewards, self.alive = [], [self.env.survival]
+        return self.seen[0], info
 
     def step(self, actions: Any):
         observation, reward, *ended = self.env.step(actions)
-        self.features.append(observation)
         self.rewards.append(reward * (self.alive[-1] > 0))
         self.alive.append(self.env.survival)
+        self.seen[len(self.rewards)] = observation
         return observation, reward, *ended
+
+    @property
+    def features(self) -> Tensor:
+        """[T+1,N,F]."""
+        return self.seen[: len(self.alive)]
 
 
 class Explorer:
@@ -91,39 +103,41 @@ class PPO(Search):
         real_game: RealGame,
         compiled: bool,
     ):
-        settings = agent.config.controller
         super().__init__(agent.weights.float(), real_game)
         self.mean.requires_grad_()
         self.agent, self.seeds, self.compiled = agent, seeds, compiled
-        self.spread = nn.Parameter(torch.full((agent.config.actions,), settings.sigma).log())
+        config = agent.config
+        self.spread = nn.Parameter(torch.full((config.actions,), DEVIATION).log())
         with torch.random.fork_rng(devices=[]):  # whatever has been trained in this process before
             torch.manual_seed(APART + seeds(0)[0])
-            self.critic = nn.Sequential(
-                *(nn.Linear(agent.config.features, CRITIC), nn.Tanh()),
-                *(nn.Linear(CRITIC, 1), nn.Flatten(0)),
-            )
+            layers = nn.Linear(config.features, CRITIC), nn.Tanh(), nn.Linear(CRITIC, 1)
+        self.critic = nn.Sequential(*layers, nn.Flatten(0))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), self.agent.config.controller.step_size)
+        return torch.optim.Adam(self.parameters(), RATE)
 
     def training_step(self, batch: Any, number: int) -> None:
+        if leads():
+            self.iterate()
+        self.optimizers().step()  # without gradients: Lightning counts iterations by it
+        for parameter in self.parameters():
+            parameter.data.copy_(of_leader(parameter.data))
+
+    def iterate(self) -> None:
+        """Dream once, and learn from that."""
         seeds = self.seeds(self.global_step)
         generator = torch.Generator().manual_seed(APART + seeds[0])
         dreamt = self.dream(seeds, generator)
-        seen, advantage, target = dreamt.features[:-1], *self.judge(dreamt)
-        old = self.log_probability(seen, dreamt.raw).detach()
-        steps = seen, dreamt.raw, old, dreamt.alive[:-1], advantage, target
-        steps = [values.flatten(0, 1) for values in steps]
+        seen, raw, alive = dreamt.features[:-1], dreamt.raw, dreamt.alive[:-1]
+        with torch.no_grad():
+            old = self.log_probability(seen, raw)
+        steps = [v.flatten(0, 1) for v in (seen, raw, old, alive, *self.advantages(dreamt))]
         optimizer = self.optimizers(use_pl_optimizer=False)
         for _ in range(EPOCHS):
             for chosen in torch.randperm(len(steps[0]), generator=generator).split(BATCH):
-                optimizer.zero_grad()
-                self.loss(*(values[chosen] for values in steps)).backward()
+                self.manual_backward(self.loss(*(values[chosen] for values in steps)))
                 optimizer.step()
-        optimizer.zero_grad()
-        self.optimizers().step()  # changes nothing: Lightning counts iterations by it
-        for parameter in self.parameters():
-            parameter.data.copy_(of_leader(parameter.data))
+                optimizer.zero_grad()
         self.log("controller/fitness_mean", dreamt.reward.sum(0).mean(), prog_bar=True)
         self.log("controller/sigma", self.spread.exp().mean())
 
@@ -132,8 +146,8 @@ class PPO(Search):
         envs = Recorder(self.agent.dreams(len(seeds), self.compiled))
         explorer = Explorer(self.controller(), self.spread.exp(), generator)
         rollout(envs, explorer, seeds)
-        kept = envs.features, explorer.raw, envs.rewards, envs.alive
-        return Experience(*(torch.stack(values) for values in kept))
+        kept = (torch.stack(values) for values in (explorer.raw, envs.rewards, envs.alive))
+        return Experience(envs.features, *kept)
 
     def controller(self) -> Controller:
         return self.agent.controller(self.mean[None])
@@ -144,7 +158,7 @@ class PPO(Search):
         return Normal(mean, self.spread.exp()).log_prob(raw).sum(-1)
 
     @torch.no_grad()
-    def judge(self, dreamt: Experience) -> tuple[Tensor, Tensor]:
+    def advantages(self, dreamt: Experience) -> tuple[Tensor, Tensor]:
         """Generalised advantages (Schulman et al. 2016) and the critic's targets, [T,N] each.
 
         Both are times the chance of having lived so long: what comes after an end counts as much
@@ -172,7 +186,7 @@ class PPO(Search):
         Args:
             features, raw: [B,F] and [B,A], what C saw and gave.
             old: log-probability [B] of raw as it was dreamt.
-            alive, advantage, target: [B], see Experience and judge.
+            alive, advantage, target: [B], see Experience and advantages.
         """
         ratio = (self.log_probability(features, raw) - old).exp()
         clipped = ratio.clamp(1 - CLIP, 1 + CLIP)

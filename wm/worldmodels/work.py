@@ -14,6 +14,7 @@ from typing import NamedTuple
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from wm import figures
@@ -232,23 +233,22 @@ def evolve_controller(
     settings = config.controller
     with Workers(trainer.workers) as workers:
         play = partial(play_candidates, workers, config.env, its_folder)
-        real_game = partial(judge, play, validation_seeds(settings.validation_episodes), run)
+        real_game = partial(validate, play, validation_seeds(settings.validation_episodes), run)
+        callbacks: list[Callback] = [Busy(run)]
         if settings.optimizer == "ppo":
             seeds = partial(generation_seeds, settings.population * settings.episodes, seed, round)
-            module, callbacks = PPO(agent, seeds, real_game, trainer.compile), []
+            module = PPO(agent, seeds, real_game, trainer.compile)
         else:
             seeds = partial(generation_seeds, settings.episodes, seed, round)
-            how = settings.part, settings.horizon, trainer.compile, device(trainer)
-            fitness = (
-                real_fitness(play, seeds, run)
-                if settings.fitness == "real"
-                else dream_fitness(workers, its_folder, seeds, *how)
-            )
+            if settings.fitness == "real":
+                fitness = real_fitness(play, seeds, run)
+            else:
+                how = settings.part, settings.horizon, trainer.compile, device(trainer)
+                fitness = dream_fitness(workers, its_folder, seeds, *how)
             module = Evolution(agent.weights, fitness, real_game)
-            callbacks = [AskAndTell(partial(make_strategy, agent, seed, round))]
+            callbacks.insert(0, AskAndTell(partial(make_strategy, agent, seed, round)))
         data = StepsData(int, [0], settings.generations, settings.validate_every)
         here = replace(trainer, accelerator="cpu")  # float64 means live there
-        callbacks.append(Busy(run))
         fit(module, data, folder, here, run.loggers, log_every=1, callbacks=callbacks)
     if not leads():
         return {}
@@ -271,7 +271,7 @@ def make_strategy(agent: Agent, seed: int, round: int) -> Strategy:
     return STRATEGIES[settings.optimizer](settings, mean, its_seed)
 
 
-def judge(play: Play, seeds: Sequence[int], run: StageRun, weights: Tensor) -> list[Outcome]:
+def validate(play: Play, seeds: Sequence[int], run: StageRun, weights: Tensor) -> list[Outcome]:
     """The real game's episodes of C with weights [n]."""
     with run.busy():
         return play(weights[None], seeds)[0]
