@@ -25,7 +25,7 @@ $(VENV)/tested: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --editable '.[test]'
 	touch $@
 
-demo: setup  ## take-cover at a small scale, from the first frame to a score (10 minutes)
+demo: setup  ## take-cover at a small scale, from the first frame to a score (11 minutes)
 	$(WM) run env=takecover scale=demo $(ARGS)
 
 carracing: setup  ## the full CarRacing pipeline (up to an hour on 2 cores)

@@ -45,7 +45,7 @@ PICTURES = {
     "traversals.png": "What the most active latents mean",
     "futures.png": "Where M sees ways part: the game, and five dreams with the same actions",
     "prediction_error.png": "How long M can be left alone",
-    "evolution.png": "Evolution: the dream's fitness and the real game's",
+    "evolution.png": "How C learnt: returns in its dreams, and in the real game",
     "filmstrip.png": "A held-out episode: real, seen, and dreamt from the same frame and actions",
 }
 VIDEO = "episode.mp4"
