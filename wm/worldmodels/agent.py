@@ -34,7 +34,6 @@ FILES = (  # of an agent
     "controller.safetensors",
     "starts.safetensors",
 )
-MOST_WEIGHTS = 10_000  # of CMA-ES, whose covariance of these takes 0.8 GB
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -57,11 +56,6 @@ class AgentConfig:
             raise ConfigError(
                 "controller.optimizer=ppo learns in dreams; in the real game C is evolved: "
                 "controller.optimizer=cma controller.hidden=0"
-            )
-        if self.controller.optimizer == "cma" and self.parameters > MOST_WEIGHTS:
-            raise ConfigError(
-                f"controller.optimizer=cma keeps the covariance of all weights, {self.parameters} "
-                f"here and {MOST_WEIGHTS} at most: controller.hidden=0 makes C linear"
             )
         if self.controller.fitness == "dream":  # a dream must have something to tell good from bad
             if self.memory.steps == 0:

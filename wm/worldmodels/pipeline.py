@@ -31,6 +31,7 @@ from wm.worldmodels.vae import VisionConfig
 from wm.worlds import require_world
 
 PARITY_SEEDS = 20
+MOST_WEIGHTS = 10_000  # of CMA-ES, whose covariance of these takes 0.8 GB
 REPAIR = "--repair"
 SCORING = ("evaluate", "trainer", "scale", "runs")  # sections that matter to an agent that is there
 VERSIONS = {  # raised when a stage's code changes what the stage makes
@@ -73,6 +74,12 @@ class Config:
 
     def __post_init__(self) -> None:
         _ = self.agent, self.tuning.generations and self.tuned  # refuse what does not go together
+        weights = self.agent.parameters
+        if self.controller.optimizer == "cma" and weights > MOST_WEIGHTS:
+            raise ConfigError(
+                f"controller.optimizer=cma keeps the covariance of all weights, {weights} here and "
+                f"{MOST_WEIGHTS} at most: controller.hidden=0 makes C linear"
+            )
         if self.collect.simulator == "envpool":
             require_envpool(self.env)
         require_world(self.env.name, self.evaluate.world)
