@@ -124,7 +124,9 @@ def test_a_stage_ends_with_the_grid_that_was_killed(make, tmp_path):
 
     process = schedule.CONTEXT.Process(target=grid)
     process.start()
+    deadline = time.time() + 30
     while not (tmp_path / "begun").exists() or not begun(tmp_path):
+        assert time.time() < deadline
         time.sleep(0.01)
     process.kill()
     process.join()

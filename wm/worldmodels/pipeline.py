@@ -73,12 +73,11 @@ class Config:
         return replace(self.agent, controller=real)
 
     def __post_init__(self) -> None:
-        _ = self.agent, self.tuning.generations and self.tuned  # refuse what does not go together
-        weights = self.agent.parameters
-        if self.controller.optimizer == "cma" and weights > MOST_WEIGHTS:
+        agent = self.tuned if self.tuning.generations else self.agent  # which refuse, too
+        if self.controller.optimizer == "cma" and agent.parameters > MOST_WEIGHTS:
             raise ConfigError(
-                f"controller.optimizer=cma keeps the covariance of all weights, {weights} here and "
-                f"{MOST_WEIGHTS} at most: controller.hidden=0 makes C linear"
+                f"controller.optimizer=cma keeps the covariance of at most {MOST_WEIGHTS} weights, "
+                f"and here are {agent.parameters}: controller.hidden=0 makes C linear"
             )
         if self.collect.simulator == "envpool":
             require_envpool(self.env)
