@@ -64,7 +64,6 @@ def test_config_prints_what_would_be_run_as_yaml(wm, tmp_path):
         ("collect.simulator=envpool", "env=carracing"),
         ("env.repeat=0", "1"),
         ("memory.steps=0", "controller.fitness=real"),
-        ("tuning.generations=1", "controller.optimizer=cma"),
         ("controller.optimizer=cma", "controller.hidden=0"),
         ("run", "key=value"),
     ],

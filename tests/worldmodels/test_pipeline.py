@@ -25,6 +25,7 @@ from wm.episodes import EpisodeStore
 from wm.evaluate import read_returns, write_outcomes
 from wm.files import sha256
 from wm.stages import CHECKPOINTS, DONE
+from wm.tracking import read_metrics
 from wm.training import TrainerConfig
 from wm.workers import Outcome
 from wm.worldmodels import bundle, pipeline, report
@@ -261,6 +262,22 @@ def test_tuning_goes_on_in_the_real_game_with_the_same_models_and_is_scored(tiny
     assert first.config["config"]["controller"]["population"] != 6
     judged = tiny.stage("evaluate", *words).inputs
     assert [stage.label for stage in judged.values()] == ["controller-1"]
+
+
+def test_steps_that_ppo_practises_in_the_real_game_are_counted(tiny, start):
+    tuning = "tuning.generations=2", "tuning.population=4", "tuning.episodes=3"
+    words = "controller.optimizer=ppo", "controller.hidden=3", "controller.generations=2", *tuning
+    process = start(tiny.folder, "run", *tiny.words, *words)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    tuned = tiny.stage("controller-1", *words)
+    history = read_metrics(tuned.folder)
+    steps = history["controller/fitness_steps"]
+    assert list(steps) == [0, 1] and min(steps.values()) >= 4 * 3  # episodes of some steps each
+    everything = sum(steps.values()) + sum(history["controller/real_steps"].values())
+    assert tuned.record["facts"]["controller/played_steps"] == everything
+    dreamt = read_metrics(tiny.stage("controller-0", *words).folder)
+    assert "controller/fitness_steps" not in dreamt
 
 
 @pytest.mark.parametrize("change", ["seed=1", "collect.policy=uniform"])

@@ -7,16 +7,23 @@ import pytest
 import torch
 
 from wm import WMError
-from wm.config import ConfigError
-from wm.envs import EnvConfig
 from wm.training import StepsData, TrainerConfig, fit
 from wm.workers import Outcome
 from wm.worldmodels import ppo
-from wm.worldmodels.agent import AgentConfig
+from wm.worldmodels.agent import AgentPlayer
 from wm.worldmodels.controller import ControllerConfig, initial_weights
-from wm.worldmodels.ppo import DISCOUNT, PPO, TRACE, VALUE, Experience
+from wm.worldmodels.ppo import (
+    DISCOUNT,
+    PPO,
+    TRACE,
+    VALUE,
+    Experience,
+    dream_practice,
+    real_practice,
+)
 from wm.worldmodels.work import generation_seeds
 
+seeds_of = partial(generation_seeds, 16, 0, 0)
 SETTINGS = {"optimizer": "ppo", "hidden": 3, "horizon": 8}
 
 
@@ -30,13 +37,14 @@ def learner(make_agent):
 
     def make(**settings):
         agent = make_agent(**{**SETTINGS, **settings})
-        return PPO(agent, partial(generation_seeds, 16, 0, 0), real_game, compiled=False)
+        return PPO(agent, dream_practice(agent, seeds_of, compiled=False), seeds_of, real_game)
 
     return make
 
 
 def dream(module, seed=0):
-    return module.dream(generation_seeds(16, 0, 0, 0), torch.Generator().manual_seed(seed))
+    deviation = module.spread.detach().exp()
+    return module.practise(module.mean.detach(), deviation, 0, torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("end", ["expected", "calibrated", "never"])
@@ -114,14 +122,14 @@ def test_c_learns_what_pays_in_a_dream(learner, tmp_path, monkeypatch):
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(learner, tmp_path):
     whole = train(learner(), tmp_path / "whole")
     broken = learner()
-    usual = broken.dream
+    usual = broken.practise
 
-    def dream(seeds, generator):
-        if broken.global_step == 3:
+    def practise(weights, deviation, iteration, generator):
+        if iteration == 3:
             raise RuntimeError("power cut")
-        return usual(seeds, generator)
+        return usual(weights, deviation, iteration, generator)
 
-    broken.dream = dream
+    broken.practise = practise
     with pytest.raises(RuntimeError, match="power cut"):
         train(broken, tmp_path / "cut")
     resumed = train(learner(), tmp_path / "cut")
@@ -165,8 +173,58 @@ def test_only_a_hidden_layer_begins_elsewhere_than_at_zero():
     assert 0 < first.abs().max() <= 40**-0.5 and (weights[5 * 40 :] == 0).all()
 
 
-def test_ppo_in_the_real_game_is_refused():
-    with pytest.raises(ConfigError, match="learns in dreams"):
-        AgentConfig(
-            EnvConfig("takecover"), controller=ControllerConfig(optimizer="ppo", fitness="real")
-        )
+@pytest.fixture(scope="module")
+def player(make_agent, tmp_path_factory):
+    """An agent of the real (tiny) game, and its folder."""
+    agent = make_agent(optimizer="ppo", hidden=3, fitness="real")
+    folder = tmp_path_factory.mktemp("player")
+    agent.save(folder)
+    return agent, folder
+
+
+def played(player, workers, deviation, seed=0, seeds=range(5)):
+    agent, folder = player
+    practise = real_practice(workers, agent.config.env, folder, lambda iteration: list(seeds))
+    noise, generator = torch.full((1,), deviation), torch.Generator().manual_seed(seed)
+    return practise(agent.weights.float(), noise, 0, generator)
+
+
+def test_practice_in_the_real_game_is_what_c_sees_does_and_gets_there(player, workers):
+    agent, folder = player
+    brought = played(player, workers, deviation=0.0)
+    N, T = 5, len(brought.raw)
+    assert brought.features.shape == (T + 1, N, agent.config.features)
+    outcomes = list(workers.play(agent.config.env, AgentPlayer(folder), range(N)))
+    assert len({outcome.steps for outcome in outcomes}) > 1  # some were padded
+    for n, outcome in enumerate(outcomes):
+        assert brought.alive[:-1, n].sum() == outcome.steps
+        assert brought.reward[:, n].sum() == pytest.approx(outcome.episode_return)
+        assert (brought.alive[outcome.steps :, n] == (not outcome.terminated)).all()
+        steps = slice(0, outcome.steps)
+        expected = agent.controller().raw(brought.features[steps, n])
+        torch.testing.assert_close(brought.raw[steps, n], expected)
+
+
+def test_its_noise_is_of_the_deviation_and_of_the_seed_alone(player, workers):
+    agent, _ = player
+    one, same, other = (played(player, workers, 0.3, seed, range(40)) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not torch.equal(one.raw[0], other.raw[0])
+    mean = agent.controller().raw(one.features[:-1].flatten(0, 1)).view_as(one.raw)
+    noise = (one.raw - mean)[one.alive[:-1] > 0]
+    assert noise.std() == pytest.approx(0.3, rel=0.2) and abs(noise.mean()) < 0.1
+
+
+def test_a_step_after_the_end_of_a_game_counts_for_nothing(player, workers):
+    module = PPO(player[0], None, seeds_of, real_game)
+    brought = played(player, workers, 0.3)
+    advantage, target = module.advantages(brought)
+    over = brought.alive[:-1] == 0
+    assert over.any() and (advantage[over] == 0).all() and (target[over] == 0).all()
+    whole = brought.alive[:-1].sum(0).argmin()  # the shortest game, alone and not padded
+    steps = int(brought.alive[:-1, whole].sum())
+    alone = [part[:, whole : whole + 1] for part in brought]
+    cut = Experience(
+        alone[0][: steps + 1], *(part[:steps] for part in alone[1:3]), alone[3][: steps + 1]
+    )
+    torch.testing.assert_close(module.advantages(cut)[1][:, 0], target[:steps, whole])

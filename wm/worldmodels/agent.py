@@ -52,11 +52,6 @@ class AgentConfig:
             raise ConfigError("controller.features=zhc needs memory.cell=lstm: a GRU has no cell")
         if self.memory.moves and self.env.name != "takecover":
             raise ConfigError("memory.moves=true is for env=takecover, whose actions are moves")
-        if self.controller.optimizer == "ppo" and self.controller.fitness == "real":
-            raise ConfigError(
-                "controller.optimizer=ppo learns in dreams; in the real game C is evolved: "
-                "controller.optimizer=cma controller.hidden=0"
-            )
         if self.controller.fitness == "dream":  # a dream must have something to tell good from bad
             if self.memory.steps == 0:
                 raise ConfigError(

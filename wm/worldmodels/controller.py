@@ -34,7 +34,7 @@ class ControllerConfig:
     precision: Literal["32-true", "bf16-true"] = "32-true"  # of the dream's matrix products
     part: int = bounded(512, 1)  # dreams that a process steps together; smaller use more cores
 
-    optimizer: Literal["cma", "es", "ppo"] = "cma"  # ppo: by gradients, in the dream; see ppo.py
+    optimizer: Literal["cma", "es", "ppo"] = "cma"  # ppo: by gradients; see ppo.py
     population: int = bounded(64, 4)
     episodes: int = bounded(16, 1)  # of each candidate
     generations: int = bounded(100, 1)  # in each round

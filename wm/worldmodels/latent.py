@@ -47,6 +47,7 @@ class LatentEnv(VectorWrapper):
     def reset(self, *, seed: Any = None, options: dict | None = None):
         frames, info = self.env.reset(seed=seed, options=options)
         self.state: State = self.memory.zero_state(self.num_envs)
+        self.survival = torch.ones(self.num_envs)  # 1 or 0, as a dream's
         return self._see(frames), info
 
     @torch.inference_mode()
@@ -54,6 +55,7 @@ class LatentEnv(VectorWrapper):
         actions = torch.as_tensor(actions)
         self.state = self.memory.step(self.latent, actions, self.state)
         frames, reward, terminated, truncated, info = self.env.step(actions.numpy())
+        self.survival = self.survival * ~torch.from_numpy(terminated)
         return self._see(frames), reward, terminated, truncated, info
 
     def _see(self, frames: np.ndarray) -> Tensor:

@@ -1,25 +1,32 @@
-"""C by gradients: proximal policy optimisation in the dream (Schulman et al. 2017).
+"""C by gradients: proximal policy optimisation (Schulman et al. 2017), in the dream or the game.
 
 What evolution does not find in time, a C with a hidden layer and its ten thousands of weights, is
-learnt in minutes. An iteration is one step of Lightning's Trainer, as a generation is: C dreams
+learnt in minutes. An iteration is one step of Lightning's Trainer, as a generation is: C practises
 with Gaussian noise on its raw outputs, and then follows the clipped gradient of what that brought.
-N dreams, T steps, F features, A actions, n weights of C.
+N episodes, T steps, F features, A actions, n weights of C.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from gymnasium.vector import VectorWrapper
 from torch import Tensor, nn
 from torch.distributions import Normal
+from torch.nn.utils.rnn import pad_sequence
 
+from wm.envs import EnvConfig, as_vector, make_env
 from wm.ranks import leads, of_leader
 from wm.rollout import rollout
+from wm.workers import Workers, time_limit
 from wm.worldmodels.agent import Agent
 from wm.worldmodels.controller import Controller
 from wm.worldmodels.dream import DreamEnv
 from wm.worldmodels.evolution import RealGame, Search
+from wm.worldmodels.latent import LatentEnv
 
 RATE = 1e-3  # of Adam
 DEVIATION = 0.5  # of the noise on C's raw outputs, at first; it learns with C
@@ -33,7 +40,7 @@ VALUE = 50.0  # the critic's unit: about what a step and those that count after 
 
 
 class Experience(NamedTuple):
-    """What an iteration has dreamt. A dream that has ended, or was left out, has weight 0."""
+    """What an iteration has brought. An episode that is over, or was left out, has weight 0."""
 
     features: Tensor  # [T+1,N,F]
     raw: Tensor  # [T,N,A]: C's outputs with their noise, before they are squashed
@@ -41,15 +48,19 @@ class Experience(NamedTuple):
     alive: Tensor  # [T+1,N]: that chance
 
 
+# (weights [n] of C, the noise's deviation [A], iteration, random numbers) -> its N episodes
+Practice = Callable[[Tensor, Tensor, int, torch.Generator], Experience]
+
+
 class Recorder(VectorWrapper):
-    """Keeps what a rollout sees and gets."""
+    """Keeps what a rollout of at most so many steps sees and gets."""
 
-    env: DreamEnv
+    env: DreamEnv | LatentEnv
 
-    def __init__(self, envs: DreamEnv):
+    def __init__(self, envs: DreamEnv | LatentEnv, steps: int):
         super().__init__(envs)
-        steps = envs.config.horizon + 1, *envs.observation_space.shape
-        self.seen = torch.empty(steps, device=envs.device)  # a list would take twice the memory
+        # A list would take twice the memory.
+        self.seen = torch.empty(steps + 1, *envs.observation_space.shape)
 
     def reset(self, **arguments: Any) -> tuple[Tensor, dict]:
         self.seen[0], info = self.env.reset(**arguments)
@@ -58,7 +69,7 @@ class Recorder(VectorWrapper):
 
     def step(self, actions: Any):
         observation, reward, *ended = self.env.step(actions)
-        self.rewards.append(reward * (self.alive[-1] > 0))
+        self.rewards.append(torch.as_tensor(reward).float() * (self.alive[-1] > 0))
         self.alive.append(self.env.survival)
         self.seen[len(self.rewards)] = observation
         return observation, reward, *ended
@@ -85,13 +96,83 @@ class Explorer:
         return self.controller.squash(self.raw[-1])
 
 
-class PPO(Search):
-    """Improves C from dreams, and judges it in the real game between epochs.
+def explore(
+    envs: DreamEnv | LatentEnv, explorer: Explorer, seeds: Sequence[int], steps: int
+) -> Experience:
+    """An episode of at most so many steps in each of N environments."""
+    recorder = Recorder(envs, steps)
+    rollout(recorder, explorer, seeds)
+    kept = (torch.stack(values) for values in (explorer.raw, recorder.rewards, recorder.alive))
+    return Experience(recorder.features, *kept)
+
+
+def dream_practice(agent: Agent, seeds: Callable[[int], list[int]], compiled: bool) -> Practice:
+    """A dream for every seed, all of them in one batch.
 
     Args:
-        agent: whose V, M and starts are dreamt with, and whose C is begun with.
+        agent: whose V, M and starts are dreamt with.
         seeds: iteration -> the seeds of its dreams, [N].
         compiled: fuse the dream's step.
+    """
+
+    def practise(
+        weights: Tensor, deviation: Tensor, iteration: int, generator: torch.Generator
+    ) -> Experience:
+        chosen = seeds(iteration)
+        explorer = Explorer(agent.controller(weights[None]), deviation, generator)
+        envs = agent.dreams(len(chosen), compiled)
+        return explore(envs, explorer, chosen, agent.config.controller.horizon)
+
+    return practise
+
+
+def real_practice(
+    workers: Workers, env: EnvConfig, folder: Path, seeds: Callable[[int], list[int]]
+) -> Practice:
+    """An episode of the real game for every seed, behind the V and M of an agent's folder."""
+    limit = time_limit(env, 1)
+
+    def practise(
+        weights: Tensor, deviation: Tensor, iteration: int, generator: torch.Generator
+    ) -> Experience:
+        chosen = seeds(iteration)
+        noise = torch.randint(2**62, (len(chosen),), generator=generator).tolist()
+        task = partial(_play_with_noise, env, folder, weights.numpy(), deviation.numpy())
+        games = list(zip(chosen, noise, strict=True))
+        episodes = workers.map(task, games, limit, lambda game: f"a game at {game[0]}")
+        padded = (
+            pad_sequence([torch.from_numpy(e) for e in part])
+            for part in zip(*episodes, strict=True)
+        )
+        return Experience(*padded)  # whose zeros are steps of weight 0
+
+    return practise
+
+
+def _play_with_noise(
+    env: EnvConfig, folder: Path, weights: np.ndarray, deviation: np.ndarray, game: tuple[int, int]
+) -> tuple[np.ndarray, ...]:
+    """The Experience of one episode, without N, from its seed and that of the noise."""
+    seed, noise = game
+    agent, games = Agent.load(folder), as_vector(make_env(env))
+    try:
+        envs = LatentEnv(games, agent.vision, agent.memory, agent.config.controller.features)
+        controller = agent.controller(torch.from_numpy(weights)[None])
+        generator = torch.Generator().manual_seed(noise)
+        explorer = Explorer(controller, torch.from_numpy(deviation), generator)
+        steps = -(-env.max_steps // env.repeat)
+        return tuple(part[:, 0].numpy() for part in explore(envs, explorer, [seed], steps))
+    finally:
+        games.close()
+
+
+class PPO(Search):
+    """Improves C by what it practises, and judges it in the real game between epochs.
+
+    Args:
+        agent: whose C is begun with.
+        practise: in dreams or in the game.
+        seeds: iteration -> those of its episodes; all other random numbers are of the first.
     """
 
     step_unit = "iteration"
@@ -99,13 +180,13 @@ class PPO(Search):
     def __init__(
         self,
         agent: Agent,
+        practise: Practice,
         seeds: Callable[[int], list[int]],
         real_game: RealGame,
-        compiled: bool,
     ):
         super().__init__(agent.weights.float(), real_game)
         self.mean.requires_grad_()
-        self.agent, self.seeds, self.compiled = agent, seeds, compiled
+        self.agent, self.practise, self.seeds = agent, practise, seeds
         config = agent.config
         self.spread = nn.Parameter(torch.full((config.actions,), DEVIATION).log())
         with torch.random.fork_rng(devices=[]):  # whatever has been trained in this process before
@@ -124,48 +205,37 @@ class PPO(Search):
             parameter.data.copy_(of_leader(parameter.data))
 
     def iterate(self) -> None:
-        """Dream once, and learn from that."""
-        seeds = self.seeds(self.global_step)
-        generator = torch.Generator().manual_seed(APART + seeds[0])
-        dreamt = self.dream(seeds, generator)
-        seen, raw, alive = dreamt.features[:-1], dreamt.raw, dreamt.alive[:-1]
+        """Practise once, and learn from that."""
+        generator = torch.Generator().manual_seed(APART + self.seeds(self.global_step)[0])
+        deviation = self.spread.detach().exp()
+        brought = self.practise(self.mean.detach(), deviation, self.global_step, generator)
+        seen, raw, alive = brought.features[:-1], brought.raw, brought.alive[:-1]
         with torch.no_grad():
             old = self.log_probability(seen, raw)
-        steps = [v.flatten(0, 1) for v in (seen, raw, old, alive, *self.advantages(dreamt))]
+        steps = [v.flatten(0, 1) for v in (seen, raw, old, alive, *self.advantages(brought))]
         optimizer = self.optimizers(use_pl_optimizer=False)
         for _ in range(EPOCHS):
             for chosen in torch.randperm(len(steps[0]), generator=generator).split(BATCH):
                 self.manual_backward(self.loss(*(values[chosen] for values in steps)))
                 optimizer.step()
                 optimizer.zero_grad()
-        self.log("controller/fitness_mean", dreamt.reward.sum(0).mean(), prog_bar=True)
+        self.log("controller/fitness_mean", brought.reward.sum(0).mean(), prog_bar=True)
         self.log("controller/sigma", self.spread.exp().mean())
-
-    def dream(self, seeds: list[int], generator: torch.Generator) -> Experience:
-        """N dreams of C with noise."""
-        envs = Recorder(self.agent.dreams(len(seeds), self.compiled))
-        explorer = Explorer(self.controller(), self.spread.exp(), generator)
-        rollout(envs, explorer, seeds)
-        kept = (torch.stack(values) for values in (explorer.raw, envs.rewards, envs.alive))
-        return Experience(envs.features, *kept)
-
-    def controller(self) -> Controller:
-        return self.agent.controller(self.mean[None])
 
     def log_probability(self, features: Tensor, raw: Tensor) -> Tensor:
         """Of raw outputs [...,A] where C sees features [...,F]."""
-        mean = self.controller().raw(features.flatten(0, -2)).view_as(raw)
+        mean = self.agent.controller(self.mean[None]).raw(features.flatten(0, -2)).view_as(raw)
         return Normal(mean, self.spread.exp()).log_prob(raw).sum(-1)
 
     @torch.no_grad()
-    def advantages(self, dreamt: Experience) -> tuple[Tensor, Tensor]:
+    def advantages(self, brought: Experience) -> tuple[Tensor, Tensor]:
         """Generalised advantages (Schulman et al. 2016) and the critic's targets, [T,N] each.
 
         Both are times the chance of having lived so long: what comes after an end counts as much
         as it is likely to come.
         """
-        value = dreamt.alive * torch.stack([self.critic(x) for x in dreamt.features]) * VALUE
-        surprise = dreamt.reward + DISCOUNT * value[1:] - value[:-1]
+        value = brought.alive * torch.stack([self.critic(x) for x in brought.features]) * VALUE
+        surprise = brought.reward + DISCOUNT * value[1:] - value[:-1]
         advantage = torch.zeros_like(surprise)
         carried = torch.zeros_like(surprise[0])
         for t in reversed(range(len(surprise))):
@@ -185,7 +255,7 @@ class PPO(Search):
 
         Args:
             features, raw: [B,F] and [B,A], what C saw and gave.
-            old: log-probability [B] of raw as it was dreamt.
+            old: log-probability [B] of raw as it was brought.
             alive, advantage, target: [B], see Experience and advantages.
         """
         ratio = (self.log_probability(features, raw) - old).exp()

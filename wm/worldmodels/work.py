@@ -59,7 +59,7 @@ from wm.worldmodels.evolution import (
     mean_return,
 )
 from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
-from wm.worldmodels.ppo import PPO
+from wm.worldmodels.ppo import PPO, Experience, Practice, dream_practice, real_practice
 from wm.worldmodels.starts import draw_starts
 from wm.worldmodels.vae import ConvVAE, VisionConfig
 
@@ -237,7 +237,12 @@ def evolve_controller(
         callbacks: list[Callback] = [Busy(run)]
         if settings.optimizer == "ppo":
             seeds = partial(generation_seeds, settings.population * settings.episodes, seed, round)
-            module = PPO(agent, seeds, real_game, trainer.compile)
+            if settings.fitness == "real":
+                practise = real_practice(workers, config.env, its_folder, seeds)
+                practise = counted(practise, run, config.env.repeat)
+            else:
+                practise = dream_practice(agent, seeds, trainer.compile)
+            module = PPO(agent, practise, seeds, real_game)
         else:
             seeds = partial(generation_seeds, settings.episodes, seed, round)
             if settings.fitness == "real":
@@ -257,7 +262,7 @@ def evolve_controller(
     chosen = found.best if settings.keep == "best" else found.mean
     replace(agent, weights=chosen).save(its_folder)
     run.log_folder(its_folder, "agent")
-    draw_evolution(folder, run)
+    draw_evolution(folder, run, module.step_unit)
     return {
         "best/real_score": module.best_score.item(),
         "controller/played_steps": played_steps(folder),
@@ -346,14 +351,28 @@ def real_fitness(
     return fitness
 
 
-def draw_evolution(folder: Path, run: StageRun) -> None:
+def counted(practise: Practice, run: StageRun, repeat: int) -> Practice:
+    """Practice in the real game whose steps are counted in the run."""
+
+    def counting(
+        weights: Tensor, deviation: Tensor, iteration: int, generator: torch.Generator
+    ) -> Experience:
+        brought = practise(weights, deviation, iteration, generator)
+        steps = float((brought.alive[:-1] > 0).sum()) * repeat
+        run.log_metrics({"controller/fitness_steps": steps}, iteration)
+        return brought
+
+    return counting
+
+
+def draw_evolution(folder: Path, run: StageRun, step_unit: str) -> None:
     history = read_metrics(folder)
     names = {"fitness_best": "best", "fitness_mean": "mean", "fitness_worst": "worst"}
     known = {label: history.get(f"controller/{name}") for name, label in names.items()}
     lines = {label: line for label, line in known.items() if line}
     lines["real game (validation)"] = history["controller/real_score"]
     points = {name: (list(line), list(line.values())) for name, line in lines.items()}
-    figure = figures.curves(points, "generation", "return")
+    figure = figures.curves(points, step_unit, "return")
     run.log_file(figures.save(figure, folder / "evolution.png"))
 
 
