@@ -1,5 +1,8 @@
-"""PPO: advantages by their definition, the gradient by that of the policy, a small game, resume."""
+"""PPO: advantages by their definition, the gradient by that of the policy, a small game, resume,
+and practice in the real game.
+"""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -7,8 +10,9 @@ import pytest
 import torch
 
 from wm import WMError
+from wm.envs import EnvConfig
 from wm.training import StepsData, TrainerConfig, fit
-from wm.workers import Outcome
+from wm.workers import Outcome, Workers
 from wm.worldmodels import ppo
 from wm.worldmodels.agent import AgentPlayer
 from wm.worldmodels.controller import ControllerConfig, initial_weights
@@ -21,7 +25,7 @@ from wm.worldmodels.ppo import (
     dream_practice,
     real_practice,
 )
-from wm.worldmodels.work import generation_seeds
+from wm.worldmodels.work import counted, generation_seeds
 
 seeds_of = partial(generation_seeds, 16, 0, 0)
 SETTINGS = {"optimizer": "ppo", "hidden": 3, "horizon": 8}
@@ -177,6 +181,8 @@ def test_only_a_hidden_layer_begins_elsewhere_than_at_zero():
 def player(make_agent, tmp_path_factory):
     """An agent of the real (tiny) game, and its folder."""
     agent = make_agent(optimizer="ppo", hidden=3, fitness="real")
+    # Some games end before they are cut, and some do not.
+    agent = replace(agent, config=replace(agent.config, env=EnvConfig("tiny", max_steps=10)))
     folder = tmp_path_factory.mktemp("player")
     agent.save(folder)
     return agent, folder
@@ -195,6 +201,7 @@ def test_practice_in_the_real_game_is_what_c_sees_does_and_gets_there(player, wo
     N, T = 5, len(brought.raw)
     assert brought.features.shape == (T + 1, N, agent.config.features)
     outcomes = list(workers.play(agent.config.env, AgentPlayer(folder), range(N)))
+    assert {outcome.terminated for outcome in outcomes} == {True, False}
     assert len({outcome.steps for outcome in outcomes}) > 1  # some were padded
     for n, outcome in enumerate(outcomes):
         assert brought.alive[:-1, n].sum() == outcome.steps
@@ -207,12 +214,40 @@ def test_practice_in_the_real_game_is_what_c_sees_does_and_gets_there(player, wo
 
 def test_its_noise_is_of_the_deviation_and_of_the_seed_alone(player, workers):
     agent, _ = player
-    one, same, other = (played(player, workers, 0.3, seed, range(40)) for seed in (0, 0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    one, other = (played(player, workers, 0.3, seed, range(12)) for seed in (0, 1))
     assert not torch.equal(one.raw[0], other.raw[0])
     mean = agent.controller().raw(one.features[:-1].flatten(0, 1)).view_as(one.raw)
     noise = (one.raw - mean)[one.alive[:-1] > 0]
-    assert noise.std() == pytest.approx(0.3, rel=0.2) and abs(noise.mean()) < 0.1
+    assert noise.std() == pytest.approx(0.3, rel=0.3) and abs(noise.mean()) < 0.15
+
+
+def test_one_process_practises_what_two_do(player, workers):
+    with Workers(1) as alone:
+        one, two = (played(player, pool, 0.3) for pool in (alone, workers))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_held_actions_count_as_steps_of_the_game(player, workers):
+    agent, folder = player
+    agent = replace(agent, config=replace(agent.config, env=EnvConfig("tiny", 10, repeat=2)))
+    logged = {}
+    run = SimpleNamespace(log_metrics=lambda metrics, step: logged.update({step: metrics}))
+    practise = real_practice(workers, agent.config.env, folder, lambda iteration: list(range(5)))
+    practise = counted(practise, run, agent.config.env.repeat)
+    practise(agent.weights.float(), torch.zeros(1), 7, torch.Generator().manual_seed(0))
+    outcomes = workers.play(agent.config.env, AgentPlayer(folder), range(5))
+    assert logged == {7: {"controller/fitness_steps": sum(o.steps for o in outcomes)}}
+
+
+def test_padding_far_from_all_that_c_does_teaches_nothing(learner):
+    module = learner()
+    dreamt = dream(module)
+    seen, raw = dreamt.features[:-1].flatten(0, 1), dreamt.raw.flatten(0, 1)
+    old = module.log_probability(seen, raw).detach() - 200.0  # exp(200) is no float
+    nothing = torch.zeros(len(raw))
+    loss = module.loss(seen, raw, old, nothing, nothing, nothing)
+    gradients = torch.autograd.grad(loss, [module.mean, module.spread])
+    assert loss == 0 and all((gradient == 0).all() for gradient in gradients)
 
 
 def test_a_step_after_the_end_of_a_game_counts_for_nothing(player, workers):

@@ -23,7 +23,7 @@ class ControllerConfig:
     gas_limit: float = bounded(1.0, 0.0, 1.0)  # the most gas C can give in CarRacing
     drag: float = bounded(0.0, 0.0, 1.0)  # the least it brakes there, which bounds the speed
 
-    fitness: Literal["dream", "real"] = "dream"  # where candidates are tried
+    fitness: Literal["dream", "real"] = "dream"  # where candidates are tried, or C practises
     temperature: float = bounded(1.0, 1e-6)  # of the dream
     horizon: int = bounded(1000, 1)  # actions after which a dream is cut
     start: Literal["any", "first"] = "any"  # dreams begin anywhere in real episodes, or at starts
@@ -36,7 +36,7 @@ class ControllerConfig:
 
     optimizer: Literal["cma", "es", "ppo"] = "cma"  # ppo: by gradients; see ppo.py
     population: int = bounded(64, 4)
-    episodes: int = bounded(16, 1)  # of each candidate
+    episodes: int = bounded(16, 1)  # of each candidate; ppo has population x episodes
     generations: int = bounded(100, 1)  # in each round
     sigma: float = bounded(0.1, 1e-6)  # initial (cma) or fixed (es) deviation of candidates
     step_size: float = bounded(0.03, 0.0)  # es: learning rate
@@ -48,7 +48,7 @@ class ControllerConfig:
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """What is different when C goes on in the real game, where every candidate plays."""
+    """What is different when C goes on in the real game, where every episode is played."""
 
     generations: int = bounded(0, 0)  # 0: C does not
     population: int = bounded(16, 4)

@@ -1,8 +1,8 @@
 """The paper's stages in order: collect, vision, memory, controller; then evaluate and report.
 
 `rounds` repeats the first four with the newest controller as collector: all data is kept, V and M
-go on from the last round, and evolution starts from its last mean. The agent of the round with the
-best validation score is evaluated; if `tuning` adds an evolution in the real game, the tuned one.
+go on from the last round, and C from its last mean. The agent of the round with the best
+validation score is evaluated; if `tuning` lets C go on in the real game, the tuned one.
 """
 
 from collections.abc import Callable, Mapping, Sequence

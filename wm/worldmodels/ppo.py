@@ -33,9 +33,10 @@ DEVIATION = 0.5  # of the noise on C's raw outputs, at first; it learns with C
 DISCOUNT = 0.98  # of a step: fifty ahead count
 TRACE = 0.95  # lambda of generalised advantage estimation
 CLIP = 0.2
+LARGE = 20.0  # a change of log-probability beyond which nothing is learnt
 EPOCHS, BATCH = 3, 4096  # passes over the steps of an iteration, and steps of a gradient
 CRITIC = 128  # hidden units
-APART = 1 << 40  # from the seeds of dreams, which have noise of their own
+CHUNK = 4  # games of a task, which share the start of the simulator
 VALUE = 50.0  # the critic's unit: about what a step and those that count after it pay
 
 
@@ -91,7 +92,7 @@ class Explorer:
 
     def __call__(self, features: Tensor) -> Tensor:
         raw = self.controller.raw(features)
-        noise = torch.randn(raw.shape, generator=self.generator).to(raw.device)
+        noise = torch.randn(raw.shape, generator=self.generator)
         self.raw.append(raw + self.deviation * noise)
         return self.controller.squash(self.raw[-1])
 
@@ -130,38 +131,47 @@ def real_practice(
     workers: Workers, env: EnvConfig, folder: Path, seeds: Callable[[int], list[int]]
 ) -> Practice:
     """An episode of the real game for every seed, behind the V and M of an agent's folder."""
-    limit = time_limit(env, 1)
 
     def practise(
         weights: Tensor, deviation: Tensor, iteration: int, generator: torch.Generator
     ) -> Experience:
         chosen = seeds(iteration)
-        noise = torch.randint(2**62, (len(chosen),), generator=generator).tolist()
-        task = partial(_play_with_noise, env, folder, weights.numpy(), deviation.numpy())
+        noise = torch.randint(2**31, (len(chosen),), generator=generator).tolist()
         games = list(zip(chosen, noise, strict=True))
-        episodes = workers.map(task, games, limit, lambda game: f"a game at {game[0]}")
-        padded = (
-            pad_sequence([torch.from_numpy(e) for e in part])
-            for part in zip(*episodes, strict=True)
-        )
-        return Experience(*padded)  # whose zeros are steps of weight 0
+        size = max(1, min(CHUNK, len(games) // workers.count))
+        chunks = [games[first : first + size] for first in range(0, len(games), size)]
+        task = partial(_play_with_noise, env, folder, weights.numpy(), deviation.numpy())
+        name = "games at {}".format
+        played = workers.map(task, chunks, time_limit(env, size), name)
+        episodes = [episode for chunk in played for episode in chunk]
+        parts = zip(*episodes, strict=True)
+        # The zeros are steps of weight 0: games that are cut, not ended, are the longest of all.
+        return Experience(*(pad_sequence([torch.from_numpy(e) for e in part]) for part in parts))
 
     return practise
 
 
 def _play_with_noise(
-    env: EnvConfig, folder: Path, weights: np.ndarray, deviation: np.ndarray, game: tuple[int, int]
-) -> tuple[np.ndarray, ...]:
-    """The Experience of one episode, without N, from its seed and that of the noise."""
-    seed, noise = game
+    env: EnvConfig,
+    folder: Path,
+    weights: np.ndarray,
+    deviation: np.ndarray,
+    chunk: Sequence[tuple[int, int]],
+) -> list[tuple[np.ndarray, ...]]:
+    """The Experience of an episode, without N, for each pair of its seed and that of the noise."""
     agent, games = Agent.load(folder), as_vector(make_env(env))
     try:
         envs = LatentEnv(games, agent.vision, agent.memory, agent.config.controller.features)
-        controller = agent.controller(torch.from_numpy(weights)[None])
-        generator = torch.Generator().manual_seed(noise)
-        explorer = Explorer(controller, torch.from_numpy(deviation), generator)
-        steps = -(-env.max_steps // env.repeat)
-        return tuple(part[:, 0].numpy() for part in explore(envs, explorer, [seed], steps))
+        controller, spread = (
+            agent.controller(torch.from_numpy(weights)[None]),
+            torch.from_numpy(deviation),
+        )
+        steps, episodes = -(-env.max_steps // env.repeat), []
+        for seed, noise in chunk:
+            explorer = Explorer(controller, spread, torch.Generator().manual_seed(noise))
+            brought = explore(envs, explorer, [seed], steps)
+            episodes.append(tuple(part[:, 0].numpy() for part in brought))
+        return episodes
     finally:
         games.close()
 
@@ -190,7 +200,7 @@ class PPO(Search):
         config = agent.config
         self.spread = nn.Parameter(torch.full((config.actions,), DEVIATION).log())
         with torch.random.fork_rng(devices=[]):  # whatever has been trained in this process before
-            torch.manual_seed(APART + seeds(0)[0])
+            torch.manual_seed(seeds(0)[0])
             layers = nn.Linear(config.features, CRITIC), nn.Tanh(), nn.Linear(CRITIC, 1)
         self.critic = nn.Sequential(*layers, nn.Flatten(0))
 
@@ -206,7 +216,7 @@ class PPO(Search):
 
     def iterate(self) -> None:
         """Practise once, and learn from that."""
-        generator = torch.Generator().manual_seed(APART + self.seeds(self.global_step)[0])
+        generator = torch.Generator().manual_seed(self.seeds(self.global_step)[0])
         deviation = self.spread.detach().exp()
         brought = self.practise(self.mean.detach(), deviation, self.global_step, generator)
         seen, raw, alive = brought.features[:-1], brought.raw, brought.alive[:-1]
@@ -258,7 +268,8 @@ class PPO(Search):
             old: log-probability [B] of raw as it was brought.
             alive, advantage, target: [B], see Experience and advantages.
         """
-        ratio = (self.log_probability(features, raw) - old).exp()
+        change = self.log_probability(features, raw) - old
+        ratio = change.clamp(max=LARGE).exp()  # padding, of weight 0, may be far from all C does
         clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
         gain = torch.minimum(ratio * advantage, clipped * advantage).mean()
         error = alive * self.critic(features) - target / VALUE

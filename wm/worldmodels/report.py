@@ -166,7 +166,7 @@ def times(records: dict[str, Any], cost: dict[str, float]) -> list[dict[str, Any
 
 def costs(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Wall time of all stages, the share of it that neither models nor games took, and real steps:
-    collected, for validation, for real fitness.
+    collected, for validation, for fitness or practice there.
     """
     facts = [record["facts"] for record in records]
     steps = sum(f.get("collect/steps", 0) + f.get("controller/played_steps", 0) for f in facts)

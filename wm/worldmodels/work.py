@@ -283,7 +283,7 @@ def validate(play: Play, seeds: Sequence[int], run: StageRun, weights: Tensor) -
 
 
 def played_steps(folder: Path) -> float:
-    """Steps of the real game that an evolution took, for its validation and its fitness."""
+    """Steps of the real game that C took, for validation, fitness and practice."""
     history = read_metrics(folder)
     counts = (history.get(f"controller/{name}", {}) for name in ("real_steps", "fitness_steps"))
     return sum(sum(count.values()) for count in counts)
