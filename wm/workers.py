@@ -24,6 +24,7 @@ from wm.processes import end_with_parent
 from wm.rollout import RANDOM_POLICIES, Policy, rollout
 
 ATTEMPTS = 3
+TASK_GAMES = 4  # at most
 SECONDS_TO_END = 30.0  # of a pool that is stopped
 SECONDS_PER_STEP = 0.5  # a game slower than this by far is stuck, and its process is replaced
 
@@ -134,6 +135,10 @@ class Workers:
                     future = self.pool.schedule(task, args=(item,), timeout=timeout)
             yield result
 
+    def task_size(self, games: int) -> int:
+        """How many of so many games share the start of a simulator, and are played in turn."""
+        return max(1, min(TASK_GAMES, games // self.count))
+
     def play(self, env: EnvConfig, player: Player, seeds: Sequence[int]) -> Iterator[Outcome]:
         """One outcome per seed, in the order of the seeds."""
         return self.play_all(env, [(player, seeds)])
@@ -142,7 +147,7 @@ class Workers:
         self, env: EnvConfig, games: Sequence[tuple[Player, Sequence[int]]]
     ) -> Iterator[Outcome]:
         """One outcome per seed of each player, in their order; all are at play together."""
-        size = max(1, min(4, sum(len(seeds) for _, seeds in games) // self.count))
+        size = self.task_size(sum(len(seeds) for _, seeds in games))
         chunks = [
             (player, seeds[first : first + size])
             for player, seeds in games

@@ -22,10 +22,10 @@ from wm.worldmodels.ppo import (
     TRACE,
     VALUE,
     Experience,
-    dream_practice,
-    real_practice,
+    practise_in_dreams,
+    practise_in_the_game,
 )
-from wm.worldmodels.work import counted, generation_seeds
+from wm.worldmodels.work import generation_seeds
 
 seeds_of = partial(generation_seeds, 16, 0, 0)
 SETTINGS = {"optimizer": "ppo", "hidden": 3, "horizon": 8}
@@ -41,14 +41,15 @@ def learner(make_agent):
 
     def make(**settings):
         agent = make_agent(**{**SETTINGS, **settings})
-        return PPO(agent, dream_practice(agent, seeds_of, compiled=False), seeds_of, real_game)
+        return PPO(agent, partial(practise_in_dreams, agent, False), seeds_of, real_game)
 
     return make
 
 
 def dream(module, seed=0):
     deviation = module.spread.detach().exp()
-    return module.practise(module.mean.detach(), deviation, 0, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return module.practise(module.mean.detach(), deviation, seeds_of(0), generator)
 
 
 @pytest.mark.parametrize("end", ["expected", "calibrated", "never"])
@@ -128,10 +129,10 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(learner, tmp_path)
     broken = learner()
     usual = broken.practise
 
-    def practise(weights, deviation, iteration, generator):
-        if iteration == 3:
+    def practise(*how):
+        if broken.global_step == 3:
             raise RuntimeError("power cut")
-        return usual(weights, deviation, iteration, generator)
+        return usual(*how)
 
     broken.practise = practise
     with pytest.raises(RuntimeError, match="power cut"):
@@ -190,9 +191,9 @@ def player(make_agent, tmp_path_factory):
 
 def played(player, workers, deviation, seed=0, seeds=range(5)):
     agent, folder = player
-    practise = real_practice(workers, agent.config.env, folder, lambda iteration: list(seeds))
     noise, generator = torch.full((1,), deviation), torch.Generator().manual_seed(seed)
-    return practise(agent.weights.float(), noise, 0, generator)
+    how = agent.weights.float(), noise, seeds, generator
+    return practise_in_the_game(workers, agent.config.env, folder, *how)
 
 
 def test_practice_in_the_real_game_is_what_c_sees_does_and_gets_there(player, workers):
@@ -227,16 +228,20 @@ def test_one_process_practises_what_two_do(player, workers):
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_held_actions_count_as_steps_of_the_game(player, workers):
+def test_held_actions_count_as_steps_of_the_game(player, workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo, "DEVIATION", 1e-6)  # games as they are without noise
     agent, folder = player
-    agent = replace(agent, config=replace(agent.config, env=EnvConfig("tiny", 10, repeat=2)))
-    logged = {}
-    run = SimpleNamespace(log_metrics=lambda metrics, step: logged.update({step: metrics}))
-    practise = real_practice(workers, agent.config.env, folder, lambda iteration: list(range(5)))
-    practise = counted(practise, run, agent.config.env.repeat)
-    practise(agent.weights.float(), torch.zeros(1), 7, torch.Generator().manual_seed(0))
-    outcomes = workers.play(agent.config.env, AgentPlayer(folder), range(5))
-    assert logged == {7: {"controller/fitness_steps": sum(o.steps for o in outcomes)}}
+    env = EnvConfig("tiny", 10, repeat=2)
+    agent = replace(agent, config=replace(agent.config, env=env))
+    practise = partial(practise_in_the_game, workers, env, folder)
+    module, logged = PPO(agent, practise, lambda iteration: range(5), real_game), {}
+    usual = module.log
+    monkeypatch.setattr(
+        module, "log", lambda k, v, **how: (logged.update({k: v}), usual(k, v, **how))
+    )
+    train(module, tmp_path, iterations=1)
+    outcomes = workers.play(env, AgentPlayer(folder), range(5))
+    assert logged["controller/fitness_steps"] == sum(outcome.steps for outcome in outcomes)
 
 
 def test_padding_far_from_all_that_c_does_teaches_nothing(learner):

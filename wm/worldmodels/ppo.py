@@ -22,7 +22,7 @@ from wm.envs import EnvConfig, as_vector, make_env
 from wm.ranks import leads, of_leader
 from wm.rollout import rollout
 from wm.workers import Workers, time_limit
-from wm.worldmodels.agent import Agent
+from wm.worldmodels.agent import Agent, AgentPlayer
 from wm.worldmodels.controller import Controller
 from wm.worldmodels.dream import DreamEnv
 from wm.worldmodels.evolution import RealGame, Search
@@ -36,7 +36,6 @@ CLIP = 0.2
 LARGE = 20.0  # a change of log-probability beyond which nothing is learnt
 EPOCHS, BATCH = 3, 4096  # passes over the steps of an iteration, and steps of a gradient
 CRITIC = 128  # hidden units
-CHUNK = 4  # games of a task, which share the start of the simulator
 VALUE = 50.0  # the critic's unit: about what a step and those that count after it pay
 
 
@@ -49,8 +48,8 @@ class Experience(NamedTuple):
     alive: Tensor  # [T+1,N]: that chance
 
 
-# (weights [n] of C, the noise's deviation [A], iteration, random numbers) -> its N episodes
-Practice = Callable[[Tensor, Tensor, int, torch.Generator], Experience]
+# (weights [n] of C, the noise's deviation [A], seeds [N], random numbers) -> an episode for each
+Practice = Callable[[Tensor, Tensor, Sequence[int], torch.Generator], Experience]
 
 
 class Recorder(VectorWrapper):
@@ -107,70 +106,55 @@ def explore(
     return Experience(recorder.features, *kept)
 
 
-def dream_practice(agent: Agent, seeds: Callable[[int], list[int]], compiled: bool) -> Practice:
-    """A dream for every seed, all of them in one batch.
+def practise_in_dreams(
+    agent: Agent,
+    compiled: bool,
+    weights: Tensor,
+    deviation: Tensor,
+    seeds: Sequence[int],
+    generator: torch.Generator,
+) -> Experience:
+    """A dream of the agent's V, M and starts for every seed, all in one batch; see Practice.
 
     Args:
-        agent: whose V, M and starts are dreamt with.
-        seeds: iteration -> the seeds of its dreams, [N].
         compiled: fuse the dream's step.
     """
-
-    def practise(
-        weights: Tensor, deviation: Tensor, iteration: int, generator: torch.Generator
-    ) -> Experience:
-        chosen = seeds(iteration)
-        explorer = Explorer(agent.controller(weights[None]), deviation, generator)
-        envs = agent.dreams(len(chosen), compiled)
-        return explore(envs, explorer, chosen, agent.config.controller.horizon)
-
-    return practise
+    explorer = Explorer(agent.controller(weights[None]), deviation, generator)
+    envs = agent.dreams(len(seeds), compiled)
+    return explore(envs, explorer, seeds, agent.config.controller.horizon)
 
 
-def real_practice(
-    workers: Workers, env: EnvConfig, folder: Path, seeds: Callable[[int], list[int]]
-) -> Practice:
-    """An episode of the real game for every seed, behind the V and M of an agent's folder."""
-
-    def practise(
-        weights: Tensor, deviation: Tensor, iteration: int, generator: torch.Generator
-    ) -> Experience:
-        chosen = seeds(iteration)
-        noise = torch.randint(2**31, (len(chosen),), generator=generator).tolist()
-        games = list(zip(chosen, noise, strict=True))
-        size = max(1, min(CHUNK, len(games) // workers.count))
-        chunks = [games[first : first + size] for first in range(0, len(games), size)]
-        task = partial(_play_with_noise, env, folder, weights.numpy(), deviation.numpy())
-        name = "games at {}".format
-        played = workers.map(task, chunks, time_limit(env, size), name)
-        episodes = [episode for chunk in played for episode in chunk]
-        parts = zip(*episodes, strict=True)
-        # The zeros are steps of weight 0: games that are cut, not ended, are the longest of all.
-        return Experience(*(pad_sequence([torch.from_numpy(e) for e in part]) for part in parts))
-
-    return practise
+def practise_in_the_game(
+    workers: Workers,
+    env: EnvConfig,
+    folder: Path,
+    weights: Tensor,
+    deviation: Tensor,
+    seeds: Sequence[int],
+    generator: torch.Generator,
+) -> Experience:
+    """A real game behind the V and M of an agent's folder for every seed; see Practice."""
+    noise = torch.randint(2**31, (len(seeds),), generator=generator).tolist()
+    games, size = list(zip(seeds, noise, strict=True)), workers.task_size(len(seeds))
+    chunks = [games[first : first + size] for first in range(0, len(games), size)]
+    task = partial(_play_with_noise, env, AgentPlayer(folder, weights), deviation)
+    played = workers.map(task, chunks, time_limit(env, size), "games at {}".format)
+    parts = zip(*(episode for chunk in played for episode in chunk), strict=True)
+    # The zeros are steps of weight 0: games that are cut, not ended, are the longest of all.
+    return Experience(*(pad_sequence([torch.from_numpy(e) for e in part]) for part in parts))
 
 
 def _play_with_noise(
-    env: EnvConfig,
-    folder: Path,
-    weights: np.ndarray,
-    deviation: np.ndarray,
-    chunk: Sequence[tuple[int, int]],
-) -> list[tuple[np.ndarray, ...]]:
+    env: EnvConfig, player: AgentPlayer, deviation: Tensor, chunk: Sequence[tuple[int, int]]
+) -> list[list[np.ndarray]]:
     """The Experience of an episode, without N, for each pair of its seed and that of the noise."""
-    agent, games = Agent.load(folder), as_vector(make_env(env))
+    games, steps, episodes = as_vector(make_env(env)), -(-env.max_steps // env.repeat), []
     try:
-        envs = LatentEnv(games, agent.vision, agent.memory, agent.config.controller.features)
-        controller, spread = (
-            agent.controller(torch.from_numpy(weights)[None]),
-            torch.from_numpy(deviation),
-        )
-        steps, episodes = -(-env.max_steps // env.repeat), []
+        envs, controller = player(games)
         for seed, noise in chunk:
-            explorer = Explorer(controller, spread, torch.Generator().manual_seed(noise))
+            explorer = Explorer(controller, deviation, torch.Generator().manual_seed(noise))
             brought = explore(envs, explorer, [seed], steps)
-            episodes.append(tuple(part[:, 0].numpy() for part in brought))
+            episodes.append([part[:, 0].numpy() for part in brought])
         return episodes
     finally:
         games.close()
@@ -216,9 +200,10 @@ class PPO(Search):
 
     def iterate(self) -> None:
         """Practise once, and learn from that."""
-        generator = torch.Generator().manual_seed(self.seeds(self.global_step)[0])
+        seeds = self.seeds(self.global_step)
+        generator = torch.Generator().manual_seed(seeds[0])
         deviation = self.spread.detach().exp()
-        brought = self.practise(self.mean.detach(), deviation, self.global_step, generator)
+        brought = self.practise(self.mean.detach(), deviation, seeds, generator)
         seen, raw, alive = brought.features[:-1], brought.raw, brought.alive[:-1]
         with torch.no_grad():
             old = self.log_probability(seen, raw)
@@ -231,6 +216,9 @@ class PPO(Search):
                 optimizer.zero_grad()
         self.log("controller/fitness_mean", brought.reward.sum(0).mean(), prog_bar=True)
         self.log("controller/sigma", self.spread.exp().mean())
+        if self.agent.config.controller.fitness == "real":
+            steps = (alive > 0).sum().float() * self.agent.config.env.repeat
+            self.log("controller/fitness_steps", steps)
 
     def log_probability(self, features: Tensor, raw: Tensor) -> Tensor:
         """Of raw outputs [...,A] where C sees features [...,F]."""
@@ -265,7 +253,7 @@ class PPO(Search):
 
         Args:
             features, raw: [B,F] and [B,A], what C saw and gave.
-            old: log-probability [B] of raw as it was brought.
+            old: log-probability [B] of raw when it was given.
             alive, advantage, target: [B], see Experience and advantages.
         """
         change = self.log_probability(features, raw) - old

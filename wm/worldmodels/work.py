@@ -59,7 +59,7 @@ from wm.worldmodels.evolution import (
     mean_return,
 )
 from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
-from wm.worldmodels.ppo import PPO, Experience, Practice, dream_practice, real_practice
+from wm.worldmodels.ppo import PPO, practise_in_dreams, practise_in_the_game
 from wm.worldmodels.starts import draw_starts
 from wm.worldmodels.vae import ConvVAE, VisionConfig
 
@@ -238,10 +238,9 @@ def evolve_controller(
         if settings.optimizer == "ppo":
             seeds = partial(generation_seeds, settings.population * settings.episodes, seed, round)
             if settings.fitness == "real":
-                practise = real_practice(workers, config.env, its_folder, seeds)
-                practise = counted(practise, run, config.env.repeat)
+                practise = partial(practise_in_the_game, workers, config.env, its_folder)
             else:
-                practise = dream_practice(agent, seeds, trainer.compile)
+                practise = partial(practise_in_dreams, agent, trainer.compile)
             module = PPO(agent, practise, seeds, real_game)
         else:
             seeds = partial(generation_seeds, settings.episodes, seed, round)
@@ -349,20 +348,6 @@ def real_fitness(
         return torch.tensor([mean_return(outcomes) for outcomes in played], dtype=torch.float64)
 
     return fitness
-
-
-def counted(practise: Practice, run: StageRun, repeat: int) -> Practice:
-    """Practice in the real game whose steps are counted in the run."""
-
-    def counting(
-        weights: Tensor, deviation: Tensor, iteration: int, generator: torch.Generator
-    ) -> Experience:
-        brought = practise(weights, deviation, iteration, generator)
-        steps = float((brought.alive[:-1] > 0).sum()) * repeat
-        run.log_metrics({"controller/fitness_steps": steps}, iteration)
-        return brought
-
-    return counting
 
 
 def draw_evolution(folder: Path, run: StageRun, step_unit: str) -> None:
