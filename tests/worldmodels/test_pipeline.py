@@ -276,8 +276,12 @@ def test_steps_that_ppo_practises_in_the_real_game_are_counted(tiny, start):
     assert list(steps) == [0, 1] and min(steps.values()) >= 4 * 3  # episodes of some steps each
     everything = sum(steps.values()) + sum(history["controller/real_steps"].values())
     assert tuned.record["facts"]["controller/played_steps"] == everything
-    dreamt = read_metrics(tiny.stage("controller-0", *words).folder)
+    dreamer = tiny.stage("controller-0", *words)
+    dreamt = read_metrics(dreamer.folder)
     assert "controller/fitness_steps" not in dreamt
+    deviation = load_file(dreamer.folder / "practice.safetensors")["spread"].exp().mean().item()
+    assert deviation == pytest.approx(dreamt["controller/sigma"][1])
+    assert history["controller/sigma"][0] == pytest.approx(deviation, rel=0.02)  # goes on from it
 
 
 @pytest.mark.parametrize("change", ["seed=1", "collect.policy=uniform"])

@@ -188,6 +188,11 @@ class PPO(Search):
             layers = nn.Linear(config.features, CRITIC), nn.Tanh(), nn.Linear(CRITIC, 1)
         self.critic = nn.Sequential(*layers, nn.Flatten(0))
 
+    @property
+    def practice(self) -> dict[str, Tensor]:
+        """The noise and the critic, by their names in the state."""
+        return {"spread": self.spread.detach(), **self.critic.state_dict(prefix="critic.")}
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), RATE)
 

@@ -67,6 +67,7 @@ EPOCH_STEPS = 250  # of V and M between validations and checkpoints
 PICTURE_FRAMES = 10
 ERROR_HORIZON = 25
 EVOLVED = "controllers.safetensors"
+PRACTICE = "practice.safetensors"  # of PPO
 
 Inputs = dict[str, Path]
 Facts = dict[str, float]
@@ -242,6 +243,10 @@ def evolve_controller(
             else:
                 practise = partial(practise_in_dreams, agent, trainer.compile)
             module = PPO(agent, practise, seeds, real_game)
+            if settings.fitness == "real" and "controller" in inputs:
+                names = list(module.practice)
+                earlier = load_tensors(inputs["controller"] / PRACTICE, names)
+                module.load_state_dict(dict(zip(names, earlier, strict=True)), strict=False)
         else:
             seeds = partial(generation_seeds, settings.episodes, seed, round)
             if settings.fitness == "real":
@@ -258,6 +263,8 @@ def evolve_controller(
         return {}
     found = Evolved(module.best, module.mean.detach(), module.best_score[None])
     save_tensors(folder / EVOLVED, found._asdict())
+    if settings.optimizer == "ppo":
+        save_tensors(folder / PRACTICE, module.practice)
     chosen = found.best if settings.keep == "best" else found.mean
     replace(agent, weights=chosen).save(its_folder)
     run.log_folder(its_folder, "agent")
