@@ -59,7 +59,7 @@ from wm.worldmodels.evolution import (
     mean_return,
 )
 from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
-from wm.worldmodels.ppo import PPO, practise_in_dreams, practise_in_the_game
+from wm.worldmodels.ppo import PPO, Practice, practise_in_dreams, practise_in_the_game
 from wm.worldmodels.starts import draw_starts
 from wm.worldmodels.vae import ConvVAE, VisionConfig
 
@@ -238,15 +238,10 @@ def evolve_controller(
         callbacks: list[Callback] = [Busy(run)]
         if settings.optimizer == "ppo":
             seeds = partial(generation_seeds, settings.population * settings.episodes, seed, round)
-            if settings.fitness == "real":
-                practise = partial(practise_in_the_game, workers, config.env, its_folder)
-            else:
-                practise = partial(practise_in_dreams, agent, trainer.compile)
+            practise = make_practice(agent, its_folder, workers, trainer)
             module = PPO(agent, practise, seeds, real_game)
             if settings.fitness == "real" and "controller" in inputs:
-                names = list(module.practice)
-                earlier = load_tensors(inputs["controller"] / PRACTICE, names)
-                module.load_state_dict(dict(zip(names, earlier, strict=True)), strict=False)
+                go_on(module, inputs["controller"])
         else:
             seeds = partial(generation_seeds, settings.episodes, seed, round)
             if settings.fitness == "real":
@@ -273,6 +268,20 @@ def evolve_controller(
         "best/real_score": module.best_score.item(),
         "controller/played_steps": played_steps(folder),
     }
+
+
+def make_practice(agent: Agent, folder: Path, workers: Workers, trainer: TrainerConfig) -> Practice:
+    """In dreams or in the real game, with the agent that the folder holds."""
+    if agent.config.controller.fitness == "real":
+        return partial(practise_in_the_game, workers, agent.config.env, folder)
+    return partial(practise_in_dreams, agent, trainer.compile)
+
+
+def go_on(module: PPO, earlier: Path) -> None:
+    """With the noise and the critic of an earlier stage, whose dreams were of the same game."""
+    names = list(module.practice)
+    kept = load_tensors(earlier / PRACTICE, names)
+    module.load_state_dict(dict(zip(names, kept, strict=True)), strict=False)
 
 
 def make_strategy(agent: Agent, seed: int, round: int) -> Strategy:
