@@ -17,7 +17,6 @@ from wm.worldmodels import ppo
 from wm.worldmodels.agent import AgentPlayer
 from wm.worldmodels.controller import ControllerConfig, initial_weights
 from wm.worldmodels.ppo import (
-    DISCOUNT,
     PPO,
     TRACE,
     VALUE,
@@ -64,8 +63,9 @@ def test_what_is_dreamt_after_an_end_counts_for_nothing(learner, end):
     assert (dreamt.reward[chance[:-1] == 0] == 0).all()
 
 
-def test_advantages_are_discounted_sums_of_the_critics_surprises(learner):
-    module, T, N = learner(), 5, 3
+@pytest.mark.parametrize("discount", [0.98, 0.5])
+def test_advantages_are_discounted_sums_of_the_critics_surprises(discount, learner):
+    module, T, N = learner(discount=discount), 5, 3
     features = torch.randn(T + 1, N, module.agent.config.features)
     alive = torch.tensor(
         [[1.0, 1, 1], [1, 0.9, 1], [1, 0.5, 1], [1, 0.4, 0], [1, 0.1, 0], [1, 0, 0]]
@@ -75,10 +75,10 @@ def test_advantages_are_discounted_sums_of_the_critics_surprises(learner):
     value = torch.stack([VALUE * module.critic(x) for x in features]) * alive
     for n in range(N):
         surprises = [
-            dreamt.reward[t, n] + DISCOUNT * value[t + 1, n] - value[t, n] for t in range(T)
+            dreamt.reward[t, n] + discount * value[t + 1, n] - value[t, n] for t in range(T)
         ]
         for t in range(T):
-            expected = sum((DISCOUNT * TRACE) ** (k - t) * surprises[k] for k in range(t, T))
+            expected = sum((discount * TRACE) ** (k - t) * surprises[k] for k in range(t, T))
             torch.testing.assert_close(target[t, n], expected + value[t, n])
     raw = target - value[:-1]
     torch.testing.assert_close(advantage, raw / raw.square().mean().sqrt())

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wm.config import bounded
+from wm.config import added, bounded
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class ControllerConfig:
     episodes: int = bounded(16, 1)  # of each candidate; ppo has population x episodes
     generations: int = bounded(100, 1)  # in each round
     sigma: float = bounded(0.1, 1e-6)  # initial (cma) or fixed (es) deviation of candidates
+    discount: float = added(0.98, 0.0, 0.9999)  # ppo: of a step; 0.98: fifty ahead count
     step_size: float = bounded(0.03, 0.0)  # es: learning rate
     adam: bool = True  # es: Adam, else plain gradient ascent
     validate_every: int = bounded(10, 1)  # generations between scores in the real game

@@ -30,13 +30,12 @@ from wm.worldmodels.latent import LatentEnv
 
 RATE = 1e-3  # of Adam
 DEVIATION = 0.5  # of the noise on C's raw outputs, at first; it learns with C
-DISCOUNT = 0.98  # of a step: fifty ahead count
 TRACE = 0.95  # lambda of generalised advantage estimation
 CLIP = 0.2
 LARGE = 20.0  # a change of log-probability beyond which nothing is learnt
 EPOCHS, BATCH = 3, 4096  # passes over the steps of an iteration, and steps of a gradient
 CRITIC = 128  # hidden units
-VALUE = 50.0  # the critic's unit: about what a step and those that count after it pay
+VALUE = 50.0  # the critic's unit: a larger one learns worse, even where steps far ahead count
 
 
 class Experience(NamedTuple):
@@ -181,7 +180,7 @@ class PPO(Search):
         super().__init__(agent.weights.float(), real_game)
         self.mean.requires_grad_()
         self.agent, self.practise, self.seeds = agent, practise, seeds
-        config = agent.config
+        config, self.discount = agent.config, agent.config.controller.discount
         self.spread = nn.Parameter(torch.full((config.actions,), DEVIATION).log())
         with torch.random.fork_rng(devices=[]):  # whatever has been trained in this process before
             torch.manual_seed(seeds(0)[0])
@@ -238,11 +237,11 @@ class PPO(Search):
         as it is likely to come.
         """
         value = brought.alive * torch.stack([self.critic(x) for x in brought.features]) * VALUE
-        surprise = brought.reward + DISCOUNT * value[1:] - value[:-1]
+        surprise = brought.reward + self.discount * value[1:] - value[:-1]
         advantage = torch.zeros_like(surprise)
         carried = torch.zeros_like(surprise[0])
         for t in reversed(range(len(surprise))):
-            advantage[t] = carried = surprise[t] + DISCOUNT * TRACE * carried
+            advantage[t] = carried = surprise[t] + self.discount * TRACE * carried
         return advantage / advantage.square().mean().sqrt(), advantage + value[:-1]
 
     def loss(
