@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from wm import figures
+from wm import WMError, figures
 from wm.collect import CollectConfig, collect, record
 from wm.data import Latents, frames_data, sequences_data
 from wm.envs import (
@@ -279,6 +279,8 @@ def make_practice(agent: Agent, folder: Path, workers: Workers, trainer: Trainer
 
 def go_on(module: PPO, earlier: Path) -> None:
     """With the noise and the critic of an earlier stage, whose dreams were of the same game."""
+    if not (earlier / PRACTICE).exists():
+        raise WMError(f"{earlier} has no {PRACTICE}, it is of an earlier version: delete it, rerun")
     names = list(module.practice)
     kept = load_tensors(earlier / PRACTICE, names)
     module.load_state_dict(dict(zip(names, kept, strict=True)), strict=False)
