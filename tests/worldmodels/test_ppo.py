@@ -24,7 +24,7 @@ from wm.worldmodels.ppo import (
     practise_in_dreams,
     practise_in_the_game,
 )
-from wm.worldmodels.work import generation_seeds, go_on
+from wm.worldmodels.work import generation_seeds
 
 seeds_of = partial(generation_seeds, 16, 0, 0)
 SETTINGS = {"optimizer": "ppo", "hidden": 3, "horizon": 8}
@@ -82,11 +82,6 @@ def test_advantages_are_discounted_sums_of_the_critics_surprises(discount, learn
             torch.testing.assert_close(target[t, n], expected + value[t, n])
     raw = target - value[:-1]
     torch.testing.assert_close(advantage, raw / raw.square().mean().sqrt())
-
-
-def test_practice_of_a_run_that_kept_none_is_refused(learner, tmp_path):
-    with pytest.raises(WMError, match="delete it, rerun"):
-        go_on(learner(), tmp_path)
 
 
 def test_before_the_first_step_the_gradient_is_that_of_the_policy(learner):

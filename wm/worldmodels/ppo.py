@@ -188,8 +188,8 @@ class PPO(Search):
         self.critic = nn.Sequential(*layers, nn.Flatten(0))
 
     @property
-    def practice(self) -> dict[str, Tensor]:
-        """The noise and the critic, by their names in the state."""
+    def noise_and_critic(self) -> dict[str, Tensor]:
+        """By their names in the state."""
         return {"spread": self.spread.detach(), **self.critic.state_dict(prefix="critic.")}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from wm import WMError, figures
+from wm import figures
 from wm.collect import CollectConfig, collect, record
 from wm.data import Latents, frames_data, sequences_data
 from wm.envs import (
@@ -67,7 +67,7 @@ EPOCH_STEPS = 250  # of V and M between validations and checkpoints
 PICTURE_FRAMES = 10
 ERROR_HORIZON = 25
 EVOLVED = "controllers.safetensors"
-PRACTICE = "practice.safetensors"  # of PPO
+NOISE_AND_CRITIC = "noise_and_critic.safetensors"  # of PPO
 
 Inputs = dict[str, Path]
 Facts = dict[str, float]
@@ -259,7 +259,7 @@ def evolve_controller(
     found = Evolved(module.best, module.mean.detach(), module.best_score[None])
     save_tensors(folder / EVOLVED, found._asdict())
     if settings.optimizer == "ppo":
-        save_tensors(folder / PRACTICE, module.practice)
+        save_tensors(folder / NOISE_AND_CRITIC, module.noise_and_critic)
     chosen = found.best if settings.keep == "best" else found.mean
     replace(agent, weights=chosen).save(its_folder)
     run.log_folder(its_folder, "agent")
@@ -278,11 +278,9 @@ def make_practice(agent: Agent, folder: Path, workers: Workers, trainer: Trainer
 
 
 def go_on(module: PPO, earlier: Path) -> None:
-    """With the noise and the critic of an earlier stage, whose dreams were of the same game."""
-    if not (earlier / PRACTICE).exists():
-        raise WMError(f"{earlier} has no {PRACTICE}, it is of an earlier version: delete it, rerun")
-    names = list(module.practice)
-    kept = load_tensors(earlier / PRACTICE, names)
+    """With the noise and the critic that the folder of an earlier C keeps."""
+    names = list(module.noise_and_critic)
+    kept = load_tensors(earlier / NOISE_AND_CRITIC, names)
     module.load_state_dict(dict(zip(names, kept, strict=True)), strict=False)
 
 
