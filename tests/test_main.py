@@ -77,10 +77,16 @@ def test_a_word_that_cannot_be_meant_exits_2_with_one_line(command, word, says, 
 
 
 @pytest.mark.parametrize(
-    "command, maker", [("vision", "collect"), ("memory", "collect"), ("evaluate", "controller")]
+    "command, maker",
+    [
+        ("vision", "collect"),
+        ("memory", "collect"),
+        ("choice", "controller"),
+        ("evaluate", "choice"),
+    ],
 )
 def test_a_stage_without_its_input_says_which_command_makes_it(command, maker, wm, runs):
-    words = ["env=tiny", "scale=smoke", "seed=9", f"runs={runs}", "trainer.workers=1"]
+    words = ["env=tiny", "scale=smoke", "seed=9", f"runs={runs}", "trainer.workers=1", "rounds=2"]
     code, _, err = wm(command, *words)
     assert code == 2
     assert len(err.splitlines()) == 1 and err.startswith("wm: ")  # and nothing was played

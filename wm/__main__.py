@@ -13,6 +13,7 @@ USAGE = """usage: wm COMMAND [env=GAME] [scale=SCALE] [key=value ...]
   vision       train V, the VAE
   memory       train M, the mixture-density LSTM
   controller   evolve or train C
+  choice       with rounds=N, play the agent of every round on validation seeds, and keep the best
   baseline     score the random policy on held-out seeds
   evaluate     score the agent on held-out seeds; run=ID scores any MLflow run or agent folder,
                pretrained=GAME the one that `wm bundle` has kept
@@ -134,6 +135,7 @@ COMMANDS = {
     "vision": stage("vision"),
     "memory": stage("memory"),
     "controller": stage("controller"),
+    "choice": stage("choice"),
     "baseline": stage("baseline"),
     "evaluate": evaluate,
     "report": stage("report"),

@@ -86,16 +86,23 @@ def score_of_seeds(returns: Sequence[Sequence[float]]) -> Score:
 def play_held_out(
     env: EnvConfig, player: Player, episodes: int, workers: Workers, name: str, folder: Path
 ) -> list[Outcome]:
-    """One episode per held-out seed, in the official game, drawn by the official code.
+    """One episode per held-out seed, in the official game, drawn by the official code."""
+    official = replace(env, fast_drawing=False)
+    return play_seeds(official, player, held_out_seeds(episodes), workers, name, folder)
+
+
+def play_seeds(
+    env: EnvConfig, player: Player, seeds: Sequence[int], workers: Workers, name: str, folder: Path
+) -> list[Outcome]:
+    """One episode per seed, in the order of the seeds.
 
     A rank that does not lead leaves the outcomes of its share in `folder`, and gets no others.
     """
-    seeds, official = held_out_seeds(episodes), replace(env, fast_drawing=False)
     played: dict[Path, list[Outcome]] = {}
     for kept, share in shares(folder, seeds):
         path = folder / f"{kept}.csv"
         if not path.exists():
-            outcomes = workers.play(official, player, share)
+            outcomes = workers.play(env, player, share)
             bar = tqdm(outcomes, name, len(share), unit="episode", disable=not leads())
             write_outcomes(path, bar)
         played[path] = read_outcomes(path)

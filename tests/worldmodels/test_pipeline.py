@@ -245,10 +245,20 @@ def test_another_world_concerns_the_scores_alone():
         assert made[2][label].config["evaluation"]["world"]["skill"] == 5
 
 
-def test_the_last_round_is_scored_where_no_mean_is_chosen(tiny):
-    best, last = (tiny.stage("evaluate", "rounds=2", *w) for w in ([], ["controller.keep=mean"]))
-    assert [stage.label for stage in best.inputs.values()] == ["controller-0", "controller-1"]
-    assert [stage.label for stage in last.inputs.values()] == ["controller-1"]
+@pytest.mark.parametrize(
+    "words, scored",
+    [
+        (["rounds=1"], "controller-0"),
+        (["rounds=2"], "choice"),
+        (["rounds=2", "controller.keep=mean"], "controller-1"),
+        (["rounds=2", "tuning.generations=1"], "controller-2"),
+    ],
+)
+def test_rounds_are_chosen_between_where_several_are_to_be_scored(words, scored, tiny):
+    assert pipeline.scored_controller(tiny.graph(*words)).label == scored
+    chosen = [s for s in tiny.graph(*words) if s.label == "choice"]
+    assert [list(s.inputs) for s in chosen] == [["controller-0", "controller-1"]] * len(chosen)
+    assert bool(chosen) == (scored == "choice")
 
 
 def test_tuning_goes_on_in_the_real_game_with_the_same_models_and_is_scored(tiny):
@@ -350,7 +360,16 @@ def test_a_second_round_collects_with_the_controller_and_keeps_all_data(tiny):
     assert set(vision.record["inputs"]) == {"collect-0", "collect-1", "vision"}
     frames = EpisodeStore([tiny.stage("collect-0").folder, collect.folder]).total_frames
     assert len(Latents(vision.folder / "latents").mean) == frames
-    assert tiny.parent(change)[1].data.metrics["eval/mean"] >= 0
+    parent = tiny.parent(change)[1].data.metrics
+    choice = tiny.stage("choice", change)
+    assert set(choice.record["facts"]) >= {"choice/controller-0", "choice/controller-1"}
+    assert parent["eval/mean"] >= 0
+    steps = [
+        tiny.stage(label, change).record["facts"].get(name, 0)
+        for label in ("collect-0", "collect-1", "controller-0", "controller-1", "choice")
+        for name in ("collect/steps", "controller/played_steps")
+    ]
+    assert parent["cost/real_steps"] == sum(steps)  # those of the choice are counted, too
 
 
 def test_an_agent_is_scored_by_the_id_of_its_run(tiny, capsys):

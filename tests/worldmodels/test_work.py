@@ -1,6 +1,7 @@
 """What stages do in their folders, apart from the whole pipeline."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from wm.envs import (
     validation_seeds,
 )
 from wm.episodes import EpisodeStore
-from wm.evaluate import EvaluateConfig
+from wm.evaluate import EvaluateConfig, read_returns
 from wm.training import TrainerConfig
 from wm.workers import RandomPlayer, play
 from wm.worldmodels import work
@@ -31,7 +32,7 @@ from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
 from wm.worldmodels.pictures import reconstruction_error
 from wm.worldmodels.vae import ConvVAE, VisionConfig
 from wm.worldmodels.work import (
-    best_round,
+    choose_round,
     dream_score,
     evaluate_agent,
     play_candidates,
@@ -71,15 +72,26 @@ def test_a_v_that_stays_as_it_is_encodes_only_what_is_new(tmp_path, workers):
     assert hashes(first)["vision.safetensors"] == hashes(tmp_path)["vision.safetensors"]
 
 
-def test_the_round_with_the_highest_validation_score_is_the_best(tmp_path):
-    controllers = {}
-    for role, score in {"controller-0": 1.0, "controller-1": 3.0, "controller-2": 2.0}.items():
-        controllers[role] = tmp_path / role
-        controllers[role].mkdir()
-        tensors = {"best": torch.zeros(2), "mean": torch.zeros(2), "score": torch.tensor([score])}
-        save_tensors(controllers[role] / "controllers.safetensors", tensors)
-    assert best_round(controllers) == "controller-1"
-    assert best_round({"agent": tmp_path}) == "agent"  # alone it needs no score
+def test_the_agent_with_the_best_mean_on_validation_seeds_is_kept(saved, tmp_path):
+    one, env = Agent.load(saved("tiny")), EnvConfig("tiny", 20)
+    rounds, returns = {}, {}
+    for role, factor in {"controller-0": 1.0, "controller-1": -1.0}.items():
+        rounds[role] = tmp_path / role
+        replace(one, weights=factor * one.weights).save(rounds[role] / "agent")
+        played = play(env, AgentPlayer(rounds[role] / "agent"), validation_seeds(6))
+        returns[role] = [outcome.episode_return for outcome in played]
+    folder = tmp_path / "choice"
+    folder.mkdir()
+    run = SimpleNamespace(busy=nullcontext, log_folder=lambda *names: None)
+    facts = choose_round(folder, rounds, run, TrainerConfig(workers=1), env=env, episodes=6)
+    means = {role: np.mean(its) for role, its in returns.items()}
+    assert means["controller-0"] != means["controller-1"]
+    assert {role: facts[f"choice/{role}"] for role in rounds} == pytest.approx(means)
+    best = max(means, key=means.__getitem__)
+    assert hashes(folder / "agent") == hashes(rounds[best] / "agent")
+    for role in rounds:
+        assert read_returns(folder / role / "episodes.csv") == returns[role]
+    assert facts["controller/played_steps"] > 0
 
 
 def test_candidates_play_side_by_side_what_each_plays_alone(saved, workers):
@@ -159,7 +171,9 @@ def test_an_agent_is_scored_and_its_v_measured_in_the_world_that_is_asked_for(
         errors[world] = reconstruction_error(agent.vision, record(games, player, held_out_seeds(3)))
     assert errors[blue] > errors[ORDINARY] + 0.01
     given = {"env": env, "evaluation": EvaluateConfig(2, blue, reconstructed=3)}
-    facts = evaluate_agent(tmp_path, {"C": tmp_path}, silent, TrainerConfig(workers=1), **given)
+    facts = evaluate_agent(
+        tmp_path, {"controller": tmp_path}, silent, TrainerConfig(workers=1), **given
+    )
     assert facts["eval/reconstruction_error"] == errors[blue]
 
 

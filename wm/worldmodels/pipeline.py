@@ -1,8 +1,8 @@
 """The paper's stages in order: collect, vision, memory, controller; then evaluate and report.
 
 `rounds` repeats the first four with the newest controller as collector: all data is kept, V and M
-go on from the last round, and C from its last mean. The agent of the round with the best
-validation score is evaluated; if `tuning` lets C go on in the real game, the tuned one.
+go on from the last round, and C from its last mean. A choice between the rounds' agents is then
+made on validation seeds; if `tuning` lets C go on in the real game, the tuned one is evaluated.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from typing import Any
 
 from wm import WMError
 from wm.collect import CollectConfig
-from wm.config import ConfigError, bounded, covered, load, plain
+from wm.config import ConfigError, added, bounded, covered, load, plain
 from wm.envpool import require_envpool
 from wm.envs import EnvConfig, validation_seeds
 from wm.evaluate import PARTS, EvaluateConfig
@@ -39,6 +39,7 @@ VERSIONS = {  # raised when a stage's code changes what the stage makes
     "vision": 2,
     "memory": 2,
     "controller": 3,
+    "choice": 1,
     "baseline": 2,
     "agent": 1,
     "evaluate": 4,
@@ -57,6 +58,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     scale: str = "laptop"
     rounds: int = bounded(1, 1, 10)
+    choice_episodes: int = added(48, 1)  # on validation seeds, of every round's agent
     tuning: TuningConfig = field(default_factory=TuningConfig)  # of C, after the last round
     seed: int = bounded(0, 0, 1999)
     runs: str = "runs"  # the folder of everything that is made
@@ -108,12 +110,14 @@ def stages(config: Config) -> list[Stage]:
         evolved = {"config": config.tuned, "seed": seed, "round": r}
         C = {"controller": make("controller", work.evolve_controller, data | V | M | C, evolved, r)}
         graph.append(C["controller"])
+    elif config.rounds > 1 and config.controller.keep == "best":
+        every = {stage.label: stage for stage in graph if stage.name == "controller"}
+        choice = {"env": env, "episodes": config.choice_episodes}
+        C = {"controller": make("choice", work.choose_round, every, choice)}
+        graph.append(C["controller"])
     evaluation = {"env": env, "evaluation": config.evaluate}
     graph.append(make("baseline", work.play_baseline, {}, baseline(config)))
-    every = {stage.label: stage for stage in graph if stage.name == "controller"}
-    choose = config.controller.keep == "best" and not config.tuning.generations
-    judged = every if choose else C
-    graph.append(make("evaluate", work.evaluate_agent, judged, evaluation))
+    graph.append(make("evaluate", work.evaluate_agent, C, evaluation))
     everything = {stage.label: stage for stage in graph}
     shown = {"config": result_config(config)}
     page = make("report", report.write_report, everything, shown)
@@ -305,10 +309,9 @@ def open_tracker(
 
 
 def scored_controller(graph: Sequence[Stage]) -> Stage:
-    """Of all rounds' controllers that whose agent `evaluate` has scored."""
+    """The stage whose agent `evaluate` has scored."""
     (evaluate,) = (stage for stage in graph if stage.name == "evaluate")
-    folders = {role: stage.folder for role, stage in evaluate.inputs.items()}
-    return evaluate.inputs[work.best_round(folders)]
+    return evaluate.inputs["controller"]
 
 
 def summary(graph: Sequence[Stage]) -> dict[str, float]:

@@ -32,7 +32,15 @@ from wm.envs import (
     validation_seeds,
 )
 from wm.episodes import Episode, EpisodeStore
-from wm.evaluate import DREAMS, EPISODES, EvaluateConfig, play_held_out, score, write_outcomes
+from wm.evaluate import (
+    DREAMS,
+    EPISODES,
+    EvaluateConfig,
+    play_held_out,
+    play_seeds,
+    score,
+    write_outcomes,
+)
 from wm.ranks import leads, rank, summed, world_size
 from wm.rollout import rollout
 from wm.tracking import StageRun, read_metrics
@@ -377,6 +385,39 @@ def draw_evolution(folder: Path, run: StageRun, step_unit: str) -> None:
     run.log_file(figures.save(figure, folder / "evolution.png"))
 
 
+def choose_round(
+    folder: Path,
+    inputs: Inputs,
+    run: StageRun,
+    trainer: TrainerConfig,
+    *,
+    env: EnvConfig,
+    episodes: int,
+) -> Facts:
+    """Keep that of the rounds' agents with the best mean return on validation seeds."""
+    seeds, played = validation_seeds(episodes), {}
+    with Workers(trainer.workers) as workers, run.busy():
+        for role, controller in inputs.items():
+            (folder / role).mkdir(exist_ok=True)
+            player = AgentPlayer(controller / "agent")
+            played[role] = play_seeds(env, player, seeds, workers, role, folder / role)
+    if not leads():
+        return {}
+    for role, outcomes in played.items():
+        write_outcomes(folder / role / EPISODES, outcomes)
+    means = {role: mean_return(outcomes) for role, outcomes in played.items()}
+    best = max(means, key=means.__getitem__)
+    scores = ", ".join(f"{role} {mean:.1f}" for role, mean in means.items())
+    print(f"choice: {best} ({scores} on {episodes} validation seeds)", flush=True)
+    shutil.copytree(inputs[best] / "agent", folder / "agent", dirs_exist_ok=True)
+    run.log_folder(folder / "agent", "agent")
+    steps = sum(outcome.steps for outcomes in played.values() for outcome in outcomes)
+    return {
+        **{f"choice/{role}": mean for role, mean in means.items()},
+        "controller/played_steps": steps,
+    }
+
+
 def import_agent(
     folder: Path,
     inputs: Inputs,
@@ -422,10 +463,8 @@ def evaluate_agent(
     env: EnvConfig,
     evaluation: EvaluateConfig,
 ) -> Facts:
-    """The best round's agent on the held-out seeds, and what it saw and dreamt in an episode."""
-    chosen = best_round(inputs)
-    print(f"evaluate: the agent of {chosen}", flush=True)
-    player, game = AgentPlayer(inputs[chosen] / "agent"), evaluation.game(env)
+    """The agent on the held-out seeds, and what it saw and dreamt in an episode."""
+    player, game = AgentPlayer(inputs["controller"] / "agent"), evaluation.game(env)
     with Workers(trainer.workers) as workers, run.busy():
         outcomes = play_held_out(game, player, evaluation.episodes, workers, "agent", folder)
     if not leads():
@@ -462,13 +501,6 @@ def dream_score(agent: Agent, evaluation: EvaluateConfig, folder: Path, run: Sta
         )
     ]
     return _keep_score(outcomes, folder, run, "dream", DREAMS)
-
-
-def best_round(controllers: Inputs) -> str:
-    """The role of the controller with the highest validation score; one alone is that."""
-    if len(controllers) == 1:
-        return next(iter(controllers))
-    return max(controllers, key=lambda role: evolved(controllers[role]).score.item())
 
 
 def _keep_score(
