@@ -38,7 +38,7 @@ VERSIONS = {  # raised when a stage's code changes what the stage makes
     "collect": 2,
     "vision": 2,
     "memory": 2,
-    "controller": 3,
+    "controller": 4,
     "choice": 1,
     "baseline": 2,
     "agent": 1,

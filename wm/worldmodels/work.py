@@ -87,7 +87,6 @@ class Evolved(NamedTuple):
 
     best: Tensor  # [n], the mean with the best validation score
     mean: Tensor  # [n], the last
-    score: Tensor  # [1], of the best
 
 
 def evolved(folder: Path) -> Evolved:
@@ -264,7 +263,7 @@ def evolve_controller(
         fit(module, data, folder, here, run.loggers, log_every=1, callbacks=callbacks)
     if not leads():
         return {}
-    found = Evolved(module.best, module.mean.detach(), module.best_score[None])
+    found = Evolved(module.best, module.mean.detach())
     save_tensors(folder / EVOLVED, found._asdict())
     if settings.optimizer == "ppo":
         save_tensors(folder / NOISE_AND_CRITIC, module.noise_and_critic)
