@@ -23,14 +23,14 @@ from wm.config import load
 from wm.data import Latents
 from wm.envs import VALIDATION_SEEDS, as_vector, held_out_seeds, make_env, training_seeds
 from wm.episodes import EpisodeStore
-from wm.evaluate import read_returns, write_outcomes
+from wm.evaluate import read_outcomes, read_returns, write_outcomes
 from wm.files import sha256
 from wm.stages import CHECKPOINTS, DONE
 from wm.tracking import read_metrics
 from wm.training import TrainerConfig
 from wm.workers import Outcome
 from wm.worldmodels import bundle, pipeline, report
-from wm.worldmodels.agent import AgentPlayer
+from wm.worldmodels.agent import AgentPlayer, find_agent
 from wm.worldmodels.pipeline import Config, stages
 from wm.worldmodels.work import generation_seeds
 
@@ -249,16 +249,20 @@ def test_another_world_concerns_the_scores_alone():
     "words, scored",
     [
         (["rounds=1"], "controller-0"),
-        (["rounds=2"], "choice"),
         (["rounds=2", "controller.keep=mean"], "controller-1"),
         (["rounds=2", "tuning.generations=1"], "controller-2"),
     ],
 )
-def test_rounds_are_chosen_between_where_several_are_to_be_scored(words, scored, tiny):
+def test_without_a_choice_the_last_c_is_scored(words, scored, tiny):
     assert pipeline.scored_controller(tiny.graph(*words)).label == scored
-    chosen = [s for s in tiny.graph(*words) if s.label == "choice"]
-    assert [list(s.inputs) for s in chosen] == [["controller-0", "controller-1"]] * len(chosen)
-    assert bool(chosen) == (scored == "choice")
+    with pytest.raises(WMError, match=r"there is no choice in this pipeline"):
+        pipeline.run_only("choice", [*tiny.words, *words])
+
+
+def test_with_rounds_the_best_is_scored(tiny):
+    chosen = pipeline.scored_controller(tiny.graph("rounds=2"))
+    assert chosen.label == "choice"
+    assert list(chosen.inputs) == ["controller-0", "controller-1"]
 
 
 def test_tuning_goes_on_in_the_real_game_with_the_same_models_and_is_scored(tiny):
@@ -360,16 +364,17 @@ def test_a_second_round_collects_with_the_controller_and_keeps_all_data(tiny):
     assert set(vision.record["inputs"]) == {"collect-0", "collect-1", "vision"}
     frames = EpisodeStore([tiny.stage("collect-0").folder, collect.folder]).total_frames
     assert len(Latents(vision.folder / "latents").mean) == frames
-    parent = tiny.parent(change)[1].data.metrics
+    parent = tiny.parent(change)[1]
     choice = tiny.stage("choice", change)
-    assert set(choice.record["facts"]) >= {"choice/controller-0", "choice/controller-1"}
-    assert parent["eval/mean"] >= 0
-    steps = [
-        tiny.stage(label, change).record["facts"].get(name, 0)
-        for label in ("collect-0", "collect-1", "controller-0", "controller-1", "choice")
-        for name in ("collect/steps", "controller/played_steps")
-    ]
-    assert parent["cost/real_steps"] == sum(steps)  # those of the choice are counted, too
+    played = [o for path in choice.folder.glob("*/episodes.csv") for o in read_outcomes(path)]
+    assert len(played) == 2 * 2  # rounds and episodes
+    facts = {s.label: s.record["facts"] for s in tiny.graph(change)}
+    steps = sum(outcome.steps for outcome in played)
+    steps += sum(facts[f"collect-{r}"]["collect/steps"] for r in (0, 1))
+    steps += sum(facts[f"controller-{r}"]["controller/played_steps"] for r in (0, 1))
+    assert parent.data.metrics["cost/real_steps"] == steps
+    found = find_agent(parent.info.run_id, tiny.folder / "made")
+    assert hashes(found) == hashes(choice.folder / "agent")
 
 
 def test_an_agent_is_scored_by_the_id_of_its_run(tiny, capsys):

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,12 +23,13 @@ from wm.envs import (
     validation_seeds,
 )
 from wm.episodes import EpisodeStore
-from wm.evaluate import EvaluateConfig, read_returns
+from wm.evaluate import EvaluateConfig, read_outcomes, write_outcomes
 from wm.training import TrainerConfig
 from wm.workers import RandomPlayer, play
 from wm.worldmodels import work
 from wm.worldmodels.agent import Agent, AgentConfig, AgentPlayer, read_module, save_tensors
 from wm.worldmodels.encode import encode_store
+from wm.worldmodels.evolution import mean_return
 from wm.worldmodels.mdnrnn import MDNRNN, MemoryConfig
 from wm.worldmodels.pictures import reconstruction_error
 from wm.worldmodels.vae import ConvVAE, VisionConfig
@@ -72,26 +74,37 @@ def test_a_v_that_stays_as_it_is_encodes_only_what_is_new(tmp_path, workers):
     assert hashes(first)["vision.safetensors"] == hashes(tmp_path)["vision.safetensors"]
 
 
-def test_the_agent_with_the_best_mean_on_validation_seeds_is_kept(saved, tmp_path):
-    one, env = Agent.load(saved("tiny")), EnvConfig("tiny", 20)
-    rounds, returns = {}, {}
-    for role, factor in {"controller-0": 1.0, "controller-1": -1.0}.items():
-        rounds[role] = tmp_path / role
-        replace(one, weights=factor * one.weights).save(rounds[role] / "agent")
-        played = play(env, AgentPlayer(rounds[role] / "agent"), validation_seeds(6))
-        returns[role] = [outcome.episode_return for outcome in played]
-    folder = tmp_path / "choice"
+@pytest.mark.parametrize("factors", [(1.0, -1.0), (-1.0, 1.0)])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_agent_with_the_best_mean_on_validation_seeds_is_kept(
+    factors, stopped, saved, silent, tmp_path, monkeypatch
+):
+    agent, env = Agent.load(saved("tiny")), EnvConfig("tiny", 20)
+    rounds, expected, folder = {}, {}, tmp_path / "choice"
     folder.mkdir()
-    run = SimpleNamespace(busy=nullcontext, log_folder=lambda *names: None)
-    facts = choose_round(folder, rounds, run, TrainerConfig(workers=1), env=env, episodes=6)
-    means = {role: np.mean(its) for role, its in returns.items()}
-    assert means["controller-0"] != means["controller-1"]
+    for role, factor in zip(("controller-0", "controller-1"), factors, strict=True):
+        rounds[role] = tmp_path / role
+        replace(agent, weights=factor * agent.weights).save(rounds[role] / "agent")
+        seeds = validation_seeds(8)[2:]
+        expected[role] = play(env, AgentPlayer(rounds[role] / "agent"), seeds)
+    choose = partial(choose_round, folder, rounds, silent, TrainerConfig(workers=1))
+    if stopped:  # after the first round, whose episodes are not played again
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(silent, "log_file", Mock(side_effect=KeyboardInterrupt), raising=False)
+            choose(env=env, before=2, episodes=6)
+        (folder / "controller-1").mkdir()
+        write_outcomes(folder / "controller-1" / "episodes.csv", expected["controller-1"])
+        monkeypatch.setattr(work, "play_seeds", Mock(side_effect=AssertionError))
+    facts = choose(env=env, before=2, episodes=6)
+    means = {role: mean_return(outcomes) for role, outcomes in expected.items()}
+    assert abs(means["controller-0"] - means["controller-1"]) > 0.1
     assert {role: facts[f"choice/{role}"] for role in rounds} == pytest.approx(means)
     best = max(means, key=means.__getitem__)
     assert hashes(folder / "agent") == hashes(rounds[best] / "agent")
-    for role in rounds:
-        assert read_returns(folder / role / "episodes.csv") == returns[role]
-    assert facts["controller/played_steps"] > 0
+    for role, outcomes in expected.items():
+        assert read_outcomes(folder / role / "episodes.csv") == outcomes
+    steps = sum(outcome.steps for outcomes in expected.values() for outcome in outcomes)
+    assert facts["controller/played_steps"] == steps
 
 
 def test_candidates_play_side_by_side_what_each_plays_alone(saved, workers):
@@ -121,7 +134,9 @@ def test_the_ranks_games_add_up_to_those_of_one_process(saved, workers, as_rank,
 def silent():
     """A run that keeps nothing."""
     nothing = lambda *names: None  # noqa: E731
-    return SimpleNamespace(busy=nullcontext, log_file=nothing, log_metrics=nothing)
+    return SimpleNamespace(
+        busy=nullcontext, log_file=nothing, log_folder=nothing, log_metrics=nothing
+    )
 
 
 def test_an_m_of_no_steps_keeps_its_random_weights(tmp_path, workers, silent):

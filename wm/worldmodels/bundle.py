@@ -45,11 +45,11 @@ def bundle(words: Sequence[str]) -> None:
         command = " ".join(["wm", "run", *words])
         raise WMError(f"{missing[0]} is not done; `{command}` does it")
     folder = PRETRAINED / config.env.name
-    controller = scored_controller(graph)
-    halved(Agent.load(controller.folder / "agent")).save(folder)
+    halved(Agent.load(scored_controller(graph).folder / "agent")).save(folder)
+    trained = [stage for stage in graph if stage.name == "controller"][-1]
     about: dict[str, Any] = {
         "command": f"wm run {' '.join(w for w in words if not w.startswith('runs='))}",
-        "versions": controller.record["versions"],
+        "versions": trained.record["versions"],
         "results before it was halved": summary(graph),
         "config": result_config(config),
     }

@@ -138,7 +138,7 @@ class AskAndTell(Callback):
 class Search(L.LightningModule):
     """Looks for C in training steps, and judges its mean in the real game between epochs.
 
-    The best mean by validation score is kept; validation seeds serve nothing else.
+    The best mean by validation score is kept; validation seeds serve choices and nothing else.
     """
 
     def __init__(self, mean: Tensor, real_game: RealGame):

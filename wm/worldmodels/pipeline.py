@@ -2,7 +2,8 @@
 
 `rounds` repeats the first four with the newest controller as collector: all data is kept, V and M
 go on from the last round, and C from its last mean. A choice between the rounds' agents is then
-made on validation seeds; if `tuning` lets C go on in the real game, the tuned one is evaluated.
+made on validation seeds. If `tuning` lets C go on in the real game, the tuned one is evaluated
+without a choice, and with `controller.keep=mean` the last.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 from wm import WMError
 from wm.collect import CollectConfig
-from wm.config import ConfigError, added, bounded, covered, load, plain
+from wm.config import ConfigError, bounded, covered, load, plain
 from wm.envpool import require_envpool
 from wm.envs import EnvConfig, validation_seeds
 from wm.evaluate import PARTS, EvaluateConfig
@@ -58,7 +59,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     scale: str = "laptop"
     rounds: int = bounded(1, 1, 10)
-    choice_episodes: int = added(48, 1)  # on validation seeds, of every round's agent
+    choice_episodes: int = bounded(48, 1)  # on validation seeds, of every round's agent
     tuning: TuningConfig = field(default_factory=TuningConfig)  # of C, after the last round
     seed: int = bounded(0, 0, 1999)
     runs: str = "runs"  # the folder of everything that is made
@@ -112,7 +113,8 @@ def stages(config: Config) -> list[Stage]:
         graph.append(C["controller"])
     elif config.rounds > 1 and config.controller.keep == "best":
         every = {stage.label: stage for stage in graph if stage.name == "controller"}
-        choice = {"env": env, "episodes": config.choice_episodes}
+        before = config.controller.validation_episodes
+        choice = {"env": env, "before": before, "episodes": config.choice_episodes}
         C = {"controller": make("choice", work.choose_round, every, choice)}
         graph.append(C["controller"])
     evaluation = {"env": env, "evaluation": config.evaluate}
@@ -179,12 +181,18 @@ def run_only(name: str, words: Sequence[str]) -> None:
     """The stages of one name, as far as their inputs are there.
 
     Raises:
-        WMError: if not even the first can be done, saying which command makes what is missing.
+        WMError: if there are none, or not even the first can be done, saying which command makes
+            what is missing.
     """
     config, words, repair = begin(words)
     graph = stages(config)
     names = (name, "baseline") if name == "evaluate" else (name,)
     chosen = [stage for stage in graph if stage.name in names]
+    if not chosen:
+        raise WMError(
+            f"there is no {name} in this pipeline: it needs rounds=2 or more, controller.keep=best "
+            "and no tuning"
+        )
     chosen.sort(key=lambda stage: names.index(stage.name))  # first what may lack its input
     with open_tracker(config, graph) as tracker:
         for stage in chosen:

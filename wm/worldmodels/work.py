@@ -38,6 +38,7 @@ from wm.evaluate import (
     EvaluateConfig,
     play_held_out,
     play_seeds,
+    read_outcomes,
     score,
     write_outcomes,
 )
@@ -391,24 +392,33 @@ def choose_round(
     trainer: TrainerConfig,
     *,
     env: EnvConfig,
+    before: int,
     episodes: int,
 ) -> Facts:
-    """Keep that of the rounds' agents with the best mean return on validation seeds."""
-    seeds, played = validation_seeds(episodes), {}
+    """Keep that of the rounds' agents with the best mean return on validation seeds.
+
+    before: the first seeds, by which each round has chosen its own agent: they would flatter it.
+    """
+    seeds, played = validation_seeds(before + episodes)[before:], {}
     with Workers(trainer.workers) as workers, run.busy():
         for role, controller in inputs.items():
-            (folder / role).mkdir(exist_ok=True)
-            player = AgentPlayer(controller / "agent")
-            played[role] = play_seeds(env, player, seeds, workers, role, folder / role)
+            table = folder / role / EPISODES
+            if not table.exists():
+                table.parent.mkdir(exist_ok=True)
+                player = AgentPlayer(controller / "agent")
+                outcomes = play_seeds(env, player, seeds, workers, role, table.parent)
+                if leads():
+                    write_outcomes(table, outcomes)
+                    run.log_file(table, role)
+            if leads():
+                played[role] = read_outcomes(table)
     if not leads():
         return {}
-    for role, outcomes in played.items():
-        write_outcomes(folder / role / EPISODES, outcomes)
     means = {role: mean_return(outcomes) for role, outcomes in played.items()}
     best = max(means, key=means.__getitem__)
     scores = ", ".join(f"{role} {mean:.1f}" for role, mean in means.items())
     print(f"choice: {best} ({scores} on {episodes} validation seeds)", flush=True)
-    shutil.copytree(inputs[best] / "agent", folder / "agent", dirs_exist_ok=True)
+    Agent.load(inputs[best] / "agent").save(folder / "agent")
     run.log_folder(folder / "agent", "agent")
     steps = sum(outcome.steps for outcomes in played.values() for outcome in outcomes)
     return {
