@@ -28,7 +28,7 @@ $(VENV)/tested: $(VENV)/installed
 demo: setup  ## take-cover at a small scale, from the first frame to a score (11 minutes)
 	$(WM) run env=takecover scale=demo $(ARGS)
 
-carracing: setup  ## the full CarRacing pipeline (about an hour on 2 cores)
+carracing: setup  ## the full CarRacing pipeline (up to 74 minutes on 2 cores)
 	$(WM) run env=carracing scale=laptop $(ARGS)
 
 takecover: setup  ## the full take-cover pipeline (up to 40 minutes on 2 cores)

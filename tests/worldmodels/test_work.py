@@ -75,9 +75,9 @@ def test_a_v_that_stays_as_it_is_encodes_only_what_is_new(tmp_path, workers):
 
 
 @pytest.mark.parametrize("factors", [(1.0, -1.0), (-1.0, 1.0)])
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("how", ["alone", "stopped", "two ranks"])
 def test_the_agent_with_the_best_mean_on_validation_seeds_is_kept(
-    factors, stopped, saved, silent, tmp_path, monkeypatch
+    factors, how, saved, as_rank, silent, tmp_path, monkeypatch
 ):
     agent, env = Agent.load(saved("tiny")), EnvConfig("tiny", 20)
     rounds, expected, folder = {}, {}, tmp_path / "choice"
@@ -88,7 +88,11 @@ def test_the_agent_with_the_best_mean_on_validation_seeds_is_kept(
         seeds = validation_seeds(8)[2:]
         expected[role] = play(env, AgentPlayer(rounds[role] / "agent"), seeds)
     choose = partial(choose_round, folder, rounds, silent, TrainerConfig(workers=1))
-    if stopped:  # after the first round, whose episodes are not played again
+    if how == "two ranks":
+        as_rank(1, 2)
+        assert choose(env=env, before=2, episodes=6) == {}
+        as_rank(0, 2)
+    if how == "stopped":  # after the first round, whose episodes are not played again
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(silent, "log_file", Mock(side_effect=KeyboardInterrupt), raising=False)
             choose(env=env, before=2, episodes=6)
