@@ -28,10 +28,10 @@ $(VENV)/tested: $(VENV)/installed
 demo: setup  ## take-cover at a small scale, from the first frame to a score (11 minutes)
 	$(WM) run env=takecover scale=demo $(ARGS)
 
-carracing: setup  ## the full CarRacing pipeline (up to 74 minutes on 2 cores)
+carracing: setup  ## the full CarRacing pipeline (32 minutes on 2 cores)
 	$(WM) run env=carracing scale=laptop $(ARGS)
 
-takecover: setup  ## the full take-cover pipeline (up to 40 minutes on 2 cores)
+takecover: setup  ## the full take-cover pipeline (26 minutes on 2 cores)
 	$(WM) run env=takecover scale=laptop $(ARGS)
 
 ablation-%: setup  ## one grid, as ablation-temperature; SCALE=smoke|demo|laptop, ARGS=--dry-run

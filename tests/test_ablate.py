@@ -217,10 +217,12 @@ def test_an_interrupted_grid_goes_on_where_it_was(grid, runs, own_folder):
 
 
 def test_a_dry_run_says_what_is_done_and_does_nothing(grid, runs, capsys):
-    folder = grid("--dry-run")
+    folder = grid("--dry-run", "jobs=2")
     output = capsys.readouterr().out
     assert "0 of 2 stages done  beta 1, temperature 0.5, seed 2" in output
-    assert "18 distinct stages to do" in output and "about " in output
+    assert "18 distinct stages to do" in output and "about 11 min left" in output  # START included
+    grid("--dry-run", "jobs=1")  # one after another, on both cores that the minutes mean
+    assert "about 12 min left" in capsys.readouterr().out
     assert not folder.exists() and not (runs / "tiny").exists()
 
 

@@ -147,7 +147,8 @@ def make_trials(family: Family, grid: Grid, words: Sequence[str], jobs: int) -> 
         for cell in made:
             said = (*cell.words, f"seed={seed}")
             config = load(family.Config, said)
-            pipeline = Pipeline(said, tuple(family.stages(config)), config.minutes)
+            minutes = config.minutes * (2 if jobs > 1 else 1)  # on one of the 2 cores they mean
+            pipeline = Pipeline(said, tuple(family.stages(config)), minutes)
             trials.append(Trial(cell, seed, config.evaluate.episodes, pipeline))
     return trials
 
