@@ -12,7 +12,7 @@ metrics: [dream/mean, eval/mean]       # facts of stages
 pictures: memory/futures.png           # of a stage: every cell's for the first seed, in one picture
 published:                             # at: the axes' values that a row belongs to
   - {by: who, at: {controller.temperature: 1.0}, eval/mean: 868 ± 511}
-at: {smoke: {seeds: [0]}}              # what is different at a scale
+at: {smoke: {seeds: [0]}}              # what is different at a scale; of axes, those it names
 ```
 
 Where a value on an axis is a mapping, the cell's game or value on another axis chooses:
@@ -86,7 +86,7 @@ def at_scale(grid: Grid, scale: str) -> Grid:
     """The grid with what is different at a scale."""
     known = replace(grid, axes={}, published=[], at={})
     changes = merge(Grid, known, grid.at.get(scale, {}))
-    axes = changes.axes or grid.axes
+    axes = grid.axes | changes.axes  # an axis that the scale does not name stays as it is
     return replace(changes, axes=axes, published=grid.published, at={})
 
 
