@@ -41,6 +41,7 @@ published:
 pictures: vision/seen.png
 at: {smoke: {base: {memory.mixtures: 4}}}
 """
+METRICS = ["eval/mean", "dream/mean", "random/mean"]
 CELLS = [(beta, tau) for beta in ("0.1", "1") for tau in ("0.5", "1.0")]
 
 
@@ -150,7 +151,9 @@ def test_a_grid_shares_stages_and_ends_in_a_table_a_figure_and_runs(grid, runs):
     assert "Told apart by eval/mean: 0 of 6 pairs" in page
     assert "| 1 | 0.5 | 2.000 ± 1.000 [1.000, 3.000] | 20.0 ± " in page
     assert "] | 20 ± 3 | 3 |" in page and "vision.beta 7, by them, eval/mean 1 ± 1" in page
+    assert "In every cell: `env=tiny memory.mixtures=4`." in page
     assert f"wm ablate {grid.name}.yaml scale=smoke" in page and "stages made at c0ffee" in page
+    assert "Its 18 stages took 0 minutes, added up." in page
     assert iio.imread(folder / "figure.png").size and iio.imread(folder / "pictures.png").size
 
     client, (parent,), children = mlflow_runs(runs, grid.name)
@@ -234,15 +237,27 @@ def test_what_is_published_is_copied_beside_the_grid(grid, own_folder):
     assert names == {"table.csv", "table.md", "figure.png", "pictures.png"}
 
 
-@pytest.mark.parametrize(
-    "means, line", [([229.2, 229.2 + 1e-9], 229.2), ([229.2, 99.9], None), ([], None)]
-)
-def test_the_random_policy_is_a_line_where_it_has_one_score(means, line):
-    grid, (cell, *_) = Grid(), cells(Grid(axes={"seed": [0]}))
-    of = [Score(mean, 1.0, mean, mean) for mean in means] or [None]
-    rows = [SimpleNamespace(cell=cell, scores={"random/mean": s, "eval/mean": s}) for s in of]
-    assert results.series_of(grid, "eval/mean", rows).line == line
-    assert results.series_of(grid, "random/mean", rows).line is None
+def test_the_random_policy_stands_beside_the_scores_of_the_game_alone():
+    score, trial = Score(229.2, 1.0, 200.0, 250.0), SimpleNamespace(finished=False)
+    cell, *_ = cells(Grid(axes={"seed": [0]}))
+    rows = [
+        SimpleNamespace(cell=cell, trials=[trial], scores=dict.fromkeys(METRICS, known))
+        for known in (score, None)
+    ]
+    drawn = {metric: results.series_of(Grid(), metric, rows).random for metric in METRICS}
+    np.testing.assert_array_equal(drawn["eval/mean"], [229.2, nan])
+    assert np.isnan(drawn["dream/mean"]).all()
+
+
+def test_a_table_says_what_the_names_of_its_cells_do_not():
+    axes = {"vision.beta": [1, 2], "recipe": {"old": {"rounds": 3}, "new": {"memory.steps": 7}}}
+    grid = Grid(base={"env": "tiny", "rounds": 2, "seed": 1}, axes=axes)
+    rows = [SimpleNamespace(cell=cell) for cell in cells(grid, ["trainer.workers=1", "seed=2"])]
+    head, *lines = results.settings(rows).splitlines()
+    assert head == "In every cell: `env=tiny seed=2`."
+    assert lines[:2] == ["- beta 1, old: `rounds=3`", "- beta 1, new: `rounds=2 memory.steps=7`"]
+    alone = results.settings(rows[:1])
+    assert alone == "In every cell: `env=tiny rounds=3 seed=2 vision.beta=1`."
 
 
 def test_cells_are_told_apart_by_the_games_and_seeds_that_both_have():
@@ -259,11 +274,16 @@ def test_cells_are_told_apart_by_the_games_and_seeds_that_both_have():
         return SimpleNamespace(cell=SimpleNamespace(name=name, values=values), trials=its)
 
     better = games + generator.normal(30, 20, games.shape)
-    rows = [row("good", better), row("plain", games, seeds=[2, 0]), row("plain too", games)]
+    rows = [row("good", better), row("plain", games), row("plain too", games, seeds=[2, 0])]
     (text,) = results.told_apart([*rows, row("other game", games + 99, env="carracing")])
-    assert "2 of 3 pairs" in text and "at least one in 20 is" in text
-    gain = results.shown(score_of_seeds((better - games)[[0, 2]]))
-    assert f"- plain is below good by {gain}" in text and "- plain too is below good by" in text
+    assert "1 of 1 pairs" in text and "at least one in 20 is" in text  # of two seeds none is
+    assert f"- plain is below good by {results.shown(score_of_seeds(better - games))}" in text
+    (text,) = results.told_apart([*rows[:2], row("worse", games - 50)])
+    assert (
+        "3 of 3 pairs" in text
+        and "- worse is below good by" in text
+        and "; plain by 50.0 ±" in text
+    )
     assert results.told_apart([rows[0], row("other", games, seeds=[])]) == []
 
 

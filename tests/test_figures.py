@@ -66,41 +66,69 @@ def test_a_small_picture_looks_the_same_in_fewer_bytes(tmp_path):
     assert np.abs(before - after).mean() < 20  # of noise, which has all colours
 
 
-def series(*values):
+NOTHING = np.full(3, np.nan)
+
+
+def series(*values, published=None, random=NOTHING):
     values = np.array(values, float)
-    return figures.Series(values, values - 1, values + 1, np.full(len(values), np.nan))
+    seeds = np.stack([values - 0.5, values + 0.5], axis=1)
+    return figures.Series(values, values - 1, values + 1, seeds, published or {}, random)
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_a_series_alone_needs_no_name():
-    alone = figures.Series(*[np.full(2, 1.0)] * 3, np.array([5, np.nan]), line=4.0)
-    figure = figures.panels({"a": {"": alone}}, ["1", "2"], "size")
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == ["ours", "published", "random policy"]
+    alone = series(
+        3, 4, 5, published={"them": np.array([5, np.nan, 6])}, random=np.array([2, 2, 1])
+    )
+    figure = figures.panels({"a": {"": alone}}, ["1", "2", "3"], "size")
+    assert legend(figure) == ["random policy", "them", "ours"]
 
 
 @pytest.mark.parametrize(
     "labels, scale, places",
-    [
-        (["0.1", "1", "10"], "log", [0.1, 1, 10]),
-        (["1", "2", "10"], "linear", [1, 2, 10]),
-        (["one", "2", "30"], "linear", [0, 1, 2]),  # names stand side by side
-    ],
+    [(["0.1", "1", "10"], "log", [0.1, 1, 10]), (["1", "2", "10"], "linear", [1, 2, 10])],
 )
-def test_panels_place_numbers_as_such_and_names_side_by_side(labels, scale, places, tmp_path):
-    theirs = figures.Series(*[np.full(3, np.nan)] * 3, np.array([5, np.nan, 6]), line=4.0)
+def test_panels_place_numbers_from_left_to_right(labels, scale, places, tmp_path):
+    theirs = series(*NOTHING, published={"them": np.array([5, np.nan, 6])})
     shown = {"a": {"ours": series(3, 4, 5), "theirs": theirs}, "b": {"ours": series(1, 40, 7)}}
-    figure = figures.panels(shown, labels, "size")
+    figure = figures.panels(shown, labels, "size", "three seeds")
     left, right = figure.axes[:2]
     assert (left.get_xscale(), left.get_yscale(), right.get_yscale()) == (scale, "linear", "log")
     assert list(left.get_xticks()) == places
     assert [text.get_text() for text in left.get_xticklabels()] == labels
     assert (left.get_title(), right.get_title(), left.get_xlabel()) == ("a", "b", "size")
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == ["ours", "theirs", "theirs, published", "theirs, random policy"]
-    assert (left.get_lines()[1].get_xdata() > places).all()
+    assert figure.get_suptitle() == "three seeds"
+    assert legend(figure) == ["ours", "theirs, them", "theirs"]
+    first, second, published = left.get_lines()[1:4]
+    np.testing.assert_array_equal(
+        [first.get_ydata(), second.get_ydata()], [[2.5, 3.5, 4.5], [3.5, 4.5, 5.5]]
+    )
+    assert (published.get_xdata() > places).all()  # aside, so that nothing is hidden
     (bars,) = (lines for lines in left.collections if len(lines.get_segments()) == 3)
     np.testing.assert_array_equal(bars.get_segments()[0], [[places[0], 2], [places[0], 4]])
     assert iio.imread(figures.save(figure, tmp_path / "panels.png"))[..., :3].std() > 5
+
+
+def test_panels_place_names_below_each_other_and_like_metrics_on_one_scale():
+    shown = {
+        name: {"": series(*values)}
+        for name, values in {"a": (3, 4, 5), "b": (30, 4e4, 7), "c": (9, 9, 9)}.items()
+    }
+    figure = figures.panels(shown, ["one", "2", "30"], "size", alike=["a", "c"])
+    a, b, c = figure.axes[:3]
+    assert [text.get_text() for text in a.get_yticklabels()] == ["one", "2", "30"]
+    assert a.get_ylim()[0] > a.get_ylim()[1] and b.get_ylim() == a.get_ylim()
+    assert (a.get_ylabel(), a.get_xlabel(), a.get_yscale(), b.get_xscale()) == (
+        "size",
+        "",
+        "linear",
+        "log",
+    )
+    assert a.get_xlim() == c.get_xlim() and a.get_xlim()[1] > 9
+    np.testing.assert_array_equal(a.get_lines()[0].get_data(), [[3, 4, 5], [0, 1, 2]])
 
 
 def test_stacked_pictures_are_shown_under_their_names(tmp_path):

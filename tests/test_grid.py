@@ -85,11 +85,11 @@ def test_a_scale_changes_what_it_names_and_nothing_else(grid):
 def test_published_numbers_stand_beside_the_cells_that_they_name(grid):
     full = grid()
     by_name = {cell.name: cell for cell in cells(full)}
-    both = "5 ± 1 (them); 7 ± 2 (others)"
+    both = {"them": "5 ± 1", "others": "7 ± 2"}
     assert published(full, by_name["mixtures 2, much"], "eval/mean") == both
-    assert published(full, by_name["mixtures 2, little"], "eval/mean") == "5 ± 1 (them)"
-    assert published(full, by_name["mixtures 2, much"], "dream/mean") == ""
-    assert published(full, by_name["mixtures 1, much"], "eval/mean") == "3"
+    assert published(full, by_name["mixtures 2, little"], "eval/mean") == {"them": "5 ± 1"}
+    assert published(full, by_name["mixtures 2, much"], "dream/mean") == {}
+    assert published(full, by_name["mixtures 1, much"], "eval/mean") == {"published": "3"}
     assert not any(matches(row, by_name["mixtures many, much"]) for row in full.published)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import matplotlib
@@ -13,6 +14,7 @@ matplotlib.use("Agg")  # no display is needed
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 WIDE = 20  # the factor that a linear axis shows
 COLOURS = 64
@@ -67,40 +69,57 @@ def curves(
 class Series:
     """Values over some labels; NaN where there is none."""
 
-    y: np.ndarray
+    y: np.ndarray  # [labels]
     low: np.ndarray  # of the interval
     high: np.ndarray
-    published: np.ndarray
-    line: float | None = None  # to be compared with
+    seeds: np.ndarray  # [labels, seeds], whose mean y is
+    published: Mapping[str, np.ndarray]  # by author
+    random: np.ndarray  # of the random policy
 
 
 def panels(
-    by_metric: Mapping[str, Mapping[str, Series]], labels: Sequence[str], x_label: str
+    by_metric: Mapping[str, Mapping[str, Series]],
+    labels: Sequence[str],
+    axis_label: str,
+    title: str = "",
+    alike: Sequence[str] = (),
 ) -> Figure:
-    """A panel for each metric: its series by name over the labels, intervals as error bars.
+    """A panel for each metric: its series by name over the labels, intervals as bars.
 
-    Labels that are numbers are placed as such, logarithmically where they span a factor above
-    WIDE, as values are; others stand side by side.
+    Labels that are numbers are placed as such, from left to right, logarithmically where they span
+    a factor above WIDE, as values are; names stand below each other. The metrics `alike` have one
+    scale.
     """
-    columns = min(len(by_metric), 3)
+    places, names = _places(labels)
+    columns = {4: 2}.get(len(by_metric), min(len(by_metric), 3))
     rows = -(-len(by_metric) // columns)
-    size = (1 + 3.6 * columns, 0.6 + 3.1 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    width, height = (3.6, 1.2 + 0.3 * len(labels)) if names else (3.6, 3.1)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(1 + width * columns, 1.2 + height * rows),
+        squeeze=False,
+        layout="constrained",
+        sharey=names,
+    )
     for axis in axes.flat[len(by_metric) :]:
         axis.axis("off")
-    for axis, (metric, series) in zip(axes.flat, by_metric.items(), strict=False):
-        x, style = _place(axis, labels)
-        for number, (name, values) in enumerate(series.items()):
-            _draw(axis, _aside(axis, x, number), values, name, f"C{number}", style)
-        if wide(np.concatenate([values.y for values in series.values()])):
-            axis.set_yscale("log")
-        axis.set(xlabel=x_label, title=metric)
-        axis.grid(alpha=0.3)
-    named = {}
+    known = dict(zip(by_metric, axes.flat, strict=False))
+    for metric in alike[1:]:
+        (known[metric].sharex if names else known[metric].sharey)(known[alike[0]])
+    for metric, axis in known.items():
+        _panel(axis, by_metric[metric], places, labels, names)
+        axis.set(title=metric, xlabel="" if names else axis_label)
+    if names:
+        axes[0, 0].set_ylim(len(labels) - 0.5, -0.5)  # the first on top
+        for axis in axes[:, 0]:
+            axis.set_ylabel(axis_label)
+    shown = {}
     for axis in axes.flat:
-        handles, names = axis.get_legend_handles_labels()
-        named |= dict(zip(names, handles, strict=True))
-    figure.legend(named.values(), named, loc="outside lower center", ncols=columns, fontsize=8)
+        handles, its = axis.get_legend_handles_labels()
+        shown |= dict(zip(its, handles, strict=True))
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=columns, fontsize=8)
+    figure.suptitle(title, fontsize=9)
     return figure
 
 
@@ -110,41 +129,65 @@ def wide(values: np.ndarray) -> bool:
     return bool(len(known) and known.min() > 0 and known.max() / known.min() > WIDE)
 
 
-def _place(axis: Axes, labels: Sequence[str]) -> tuple[np.ndarray, str]:
-    """Where labels stand, and how values are drawn there: joined by a line if they are numbers."""
-    style = "o-"
+def _places(labels: Sequence[str]) -> tuple[np.ndarray, bool]:
+    """Where labels stand, and whether they are names."""
     try:
-        x = np.array([float(label) for label in labels])
+        return np.array([float(label) for label in labels]), False
     except ValueError:
-        x, style = np.arange(len(labels), dtype=float), "o"
-        axis.set_xlim(-0.5, len(labels) - 0.5)
-    else:
-        axis.set_xscale("log" if wide(x) else "linear")
-    crowded = sum(map(len, labels)) > 30
-    axis.set_xticks(x, labels, rotation=30 * crowded, ha="right" if crowded else "center")
+        return np.arange(len(labels), dtype=float), True
+
+
+def _panel(
+    axis: Axes,
+    series: Mapping[str, Series],
+    places: np.ndarray,
+    labels: Sequence[str],
+    names: bool,
+) -> None:
+    """Series over labels: from left to right, or below each other where these are names."""
+    along, across = (axis.yaxis, axis.xaxis) if names else (axis.xaxis, axis.yaxis)
+    set_scale = (axis.set_xscale, axis.set_yscale) if names else (axis.set_yscale, axis.set_xscale)
+    values = np.concatenate([its.y for its in series.values()])
+    if wide(values):
+        set_scale[0]("log")
+    if wide(places) and not names:
+        set_scale[1]("log")
+    for number, (name, its) in enumerate(series.items()):
+        _draw(axis, _aside(places, number, names), its, name, f"C{number}", names)
+    if np.nanmax(np.abs(values), initial=0) >= 1e4:
+        across.set_major_formatter(EngFormatter(sep=""))
+        across.set_major_locator(MaxNLocator(5))
+    along.set_ticks(places, labels)
     axis.minorticks_off()
-    return x, style
+    axis.grid(alpha=0.3)
 
 
-def _aside(axis: Axes, x: np.ndarray, number: int) -> np.ndarray:
+def _aside(places: np.ndarray, number: int, names: bool) -> np.ndarray:
     """Where the so manieth series stands: a little aside, so that no bar hides another."""
-    share = 0.012 * number
-    if axis.get_xscale() == "log":
-        return x * (x.max() / x.min()) ** share
-    return x + share * max(np.ptp(x), 1.0)
+    if names:
+        return places + 0.12 * number
+    if wide(places):
+        return places * (places.max() / places.min()) ** (0.012 * number)
+    return places + 0.012 * number * max(np.ptp(places), 1.0)
 
 
-def _draw(axis: Axes, x: np.ndarray, values: Series, name: str, colour: str, style: str) -> None:
+def _draw(axis: Axes, places: np.ndarray, its: Series, name: str, colour: str, names: bool) -> None:
     """A series under its name; one without a name is the only one, and ours."""
-    whose = f"{name}, " if name else ""
-    axis.plot(x, values.y, style, color=colour, label=name or "ours", markersize=4)
-    bars = np.isfinite(values.low)
-    axis.vlines(x[bars], values.low[bars], values.high[bars], color=colour, linewidth=1.5)
-    if np.isfinite(values.published).any():
-        light = {"color": colour, "alpha": 0.45, "markersize": 7}
-        axis.plot(x, values.published, "D", label=f"{whose}published", **light)
-    if values.line is not None:
-        axis.axhline(values.line, color=colour, linestyle=":", label=f"{whose}random policy")
+
+    def plot(values: np.ndarray, style: str, **how: Any) -> None:
+        axis.plot(*((values, places) if names else (places, values)), style, **how)
+
+    if np.isfinite(its.random).any():
+        plot(its.random, "|" if names else ":", color="grey", markersize=12, label="random policy")
+    for (author, values), marker in zip(its.published.items(), "Dsv^", strict=False):
+        whose = f"{name}, {author}" if name else author
+        plot(values, marker, color=colour, alpha=0.4, markersize=7, label=whose)
+    plot(its.y, "o" if names else "o-", color=colour, label=name or "ours", markersize=6)
+    for values in its.seeds.T:
+        plot(values, "o", color=colour, markerfacecolor="white", markersize=3)
+    span = axis.hlines if names else axis.vlines
+    known = np.isfinite(its.low)
+    span(places[known], its.low[known], its.high[known], color=colour, linewidth=1.5)
 
 
 def stacked(pictures: Mapping[str, Path]) -> Figure:

@@ -121,11 +121,10 @@ def matches(row: Mapping[str, Any], cell: Cell) -> bool:
     return all(cell.values.get(axis) == str(value) for axis, value in row.get("at", {}).items())
 
 
-def published(grid: Grid, cell: Cell, metric: str) -> str:
-    """The published score of a cell, as written, or nothing."""
+def published(grid: Grid, cell: Cell, metric: str) -> dict[str, str]:
+    """The published scores of a cell by author, as written."""
     rows = [row for row in grid.published if metric in row and matches(row, cell)]
-    said = [str(row[metric]) + (f" ({row['by']})" if "by" in row else "") for row in rows]
-    return "; ".join(said)
+    return {row.get("by", "published"): str(row[metric]) for row in rows}
 
 
 def _points(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:

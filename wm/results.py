@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -14,10 +14,25 @@ from wm.evaluate import CONFIDENCE, PARTS, Score
 from wm.files import write_atomically
 from wm.grid import Cell, Grid, matches, published
 from wm.tracking import git_commit
-from wm.trials import Trial, difference, returns_by_seed, together
+from wm.trials import RETURNS, Trial, difference, returns_by_seed, together
 
 RANDOM = "random/mean"  # drawn as a line beside the agents' scores
 SCORE = "eval/mean"
+TITLES = {  # of a figure's panels
+    "eval/mean": "return in the game",
+    "dream/mean": "return in its own dreams",
+    "best/real_score": "return on validation seeds",
+    "eval/reconstruction_error": "V's squared error, of a pixel",
+    "vision/val_reconstruction": "V's squared error, of a picture",
+    "vision/val_kl": "KL of a picture, nats",
+    "vision/active_latents": "active latents",
+    "memory/val_nll": "M's NLL of a latent, nats",
+    "memory/error_by_horizon": "M's error, left alone for 25 steps",
+    "collect/steps": "collected steps of the game",
+    "cost/real_steps": "steps of the game",
+    "cost/seconds": "seconds of all stages",
+}
+NOT_SAID = ("trainer.", "runs=", "scale=")  # where a cell's words are shown
 
 
 class Row:
@@ -62,7 +77,7 @@ def table_csv(grid: Grid, rows: Sequence[Row]) -> str:
         for metric in grid.metrics:
             score = row.scores[metric]
             line += [getattr(score, part) for part in PARTS] if score else [""] * len(PARTS)
-            line.append(published(grid, row.cell, metric))
+            line.append(said(published(grid, row.cell, metric)))
         table.writerow(line)
     return text.getvalue()
 
@@ -79,7 +94,7 @@ def table_md(grid: Grid, rows: Sequence[Row], command: str) -> str:
         for metric in grid.metrics:
             line.append(shown(row.scores[metric]))
             if metric in beside:
-                line.append(published(grid, row.cell, metric) or "-")
+                line.append(said(published(grid, row.cell, metric)) or "-")
         lines.append(_line([*line, row.seeds]))
     parts = [
         f"# {grid.name}",
@@ -87,13 +102,22 @@ def table_md(grid: Grid, rows: Sequence[Row], command: str) -> str:
         f"Published: {grid.answer}",
         "\n".join(lines),
         caption(rows),
+        settings(rows),
         *told_apart(rows),
         *_elsewhere(grid, rows),
         *(f"**Not finished:** {t.name}" for row in rows for t in row.trials if not t.finished),
         f"```\n{command}\n```",
-        commits(rows),
+        origin(rows),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def said(by_author: Mapping[str, str]) -> str:
+    """Published scores in a table's cell."""
+    return "; ".join(
+        f"{score} ({author})" if author != "published" else score
+        for author, score in by_author.items()
+    )
 
 
 def caption(rows: Sequence[Row]) -> str:
@@ -104,8 +128,29 @@ def caption(rows: Sequence[Row]) -> str:
         f"Training seeds: {len(seeds)} ({', '.join(map(str, seeds))}), {episodes} episodes each. "
         "Scores: mean ± standard deviation over episodes, and the "
         f"{CONFIDENCE:.0%} bootstrap interval of the mean over seeds and episodes. Other numbers: "
-        "mean ± standard deviation over seeds, and their interval where there are three."
+        "mean ± standard deviation over seeds, and their bootstrap interval where there are three "
+        "(of three it is from the least to the greatest). With so few seeds every interval is a "
+        "least width."
     )
+
+
+def settings(rows: Sequence[Row]) -> str:
+    """The words of all cells, and of each what its name does not say."""
+    words = {row.cell.name: _words(row.cell) for row in rows}
+    common = [word for word in words[rows[0].cell.name] if all(word in w for w in words.values())]
+    lines = [f"In every cell: `{' '.join(common) or 'the defaults'}`."]
+    for row in rows:
+        axes = {f"{axis}={value}" for axis, value in row.cell.values.items()}
+        own = [word for word in words[row.cell.name] if word not in axes.union(common)]
+        if own:
+            lines.append(f"- {row.cell.name}: `{' '.join(own)}`")
+    return "\n".join(lines)
+
+
+def _words(cell: Cell) -> list[str]:
+    """Of each key the last, which holds."""
+    last = {word.partition("=")[0]: word for word in cell.words}
+    return [word for word in last.values() if not word.startswith(NOT_SAID)]
 
 
 def told_apart(rows: Sequence[Row]) -> list[str]:
@@ -114,32 +159,36 @@ def told_apart(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         cells = games.setdefault(row.cell.values.get("env"), {})
         cells[row.cell.name] = returns_by_seed(row.trials, SCORE)
-    pairs, apart = 0, []
+    pairs, apart, below = 0, 0, {}
     for cells in games.values():
         for one, other in combinations(cells, 2):
             by = difference(cells[one], cells[other])
             if by and by.ci_high < 0:
                 one, other, by = other, one, difference(cells[other], cells[one])
             if by and by.ci_low > 0:
-                apart.append(f"- {one} is below {other} by {shown(by)}")
+                below.setdefault(one, []).append(f"{other} by {shown(by)}")
+                apart += 1
             pairs += by is not None
     head = (
-        f"Told apart by {SCORE}: {len(apart)} of {pairs} pairs. A pair is where the "
+        f"Told apart by {SCORE}: {apart} of {pairs} pairs. A pair is where the "
         f"{CONFIDENCE:.0%} bootstrap interval of its difference, seed by seed and game by game, "
         f"excludes zero; by chance alone at least one in {round(1 / (1 - CONFIDENCE))} is. "
         "Differences: mean ± standard deviation over episodes, and that interval."
     )
-    return ["\n".join([head, *apart])] if pairs else []
+    lines = [f"- {lower} is below {'; '.join(others)}" for lower, others in below.items()]
+    return ["\n".join([head, *lines])] if pairs else []
 
 
-def commits(rows: Sequence[Row]) -> str:
-    """Of this table, and of the stages that it is made from."""
+def origin(rows: Sequence[Row]) -> str:
+    """What the stages took, and the commits of this table and of theirs."""
     trials = [trial for row in rows for trial in row.trials]
     distinct = {stage.fingerprint: stage for t in trials for stage in t.pipeline.stages}
     records = [record for stage in distinct.values() if (record := stage.record)]
+    minutes = sum(record["seconds"] for record in records) / 60
     made_at = sorted({record["versions"]["commit"] for record in records})
+    took = f"Its {len(records)} stages took {minutes:,.0f} minutes, added up. "
     where = f"Table at commit {git_commit()}; stages made at {', '.join(made_at) or 'none'}."
-    return where + (" A + marks uncommitted changes." if "+" in where else "")
+    return took + where + (" A + marks uncommitted changes." if "+" in where else "")
 
 
 def _elsewhere(grid: Grid, rows: Sequence[Row]) -> list[str]:
@@ -169,33 +218,56 @@ def shown(score: Score | None) -> str:
 
 
 def draw(grid: Grid, rows: Sequence[Row]) -> figures.Figure:
-    """A panel for each metric over the last axis, a colour for each combination of the others."""
+    """A panel for each metric over the last axis, a colour for each combination of the others.
+
+    What the random policy scores is drawn beside the agents' scores, without a panel of its own.
+    """
     *others, last = grid.axes
     labels = list(dict.fromkeys(row.cell.values[last] for row in rows))
     series: dict[str, dict[str, Row]] = {}
     for row in rows:
-        name = ", ".join(row.cell.values[axis] for axis in others)
+        name = ", ".join(row.cell.values[axis] for axis in others if several(rows, axis))
         series.setdefault(name, {})[row.cell.values[last]] = row
+    titles = {metric: TITLES.get(metric, metric) for metric in grid.metrics if metric != RANDOM}
     panels = {
-        metric: {
+        title: {
             name: series_of(grid, metric, [at[label] for label in labels])
             for name, at in series.items()
         }
-        for metric in grid.metrics
+        for metric, title in titles.items()
     }
-    return figures.panels(panels, labels, last.split(".")[-1])
+    trials = rows[0].trials
+    says = (
+        f"{len(trials)} training seeds (rings), {trials[0].episodes} episodes each; "
+        f"bars: {CONFIDENCE:.0%} intervals"
+    )
+    returns = [title for metric, title in titles.items() if metric in RETURNS]
+    return figures.panels(panels, labels, last.split(".")[-1], says, returns)
+
+
+def several(rows: Sequence[Row], axis: str) -> bool:
+    """Whether cells differ in an axis."""
+    return len({row.cell.values[axis] for row in rows}) > 1
 
 
 def series_of(grid: Grid, metric: str, rows: Sequence[Row]) -> figures.Series:
-    scores = [row.scores[metric] for row in rows]
+    """A metric of some cells; beside the agents' scores those of others and of random play."""
     y, low, high = (
-        np.array([getattr(score, part) if score else np.nan for score in scores], float)
+        np.array([_part(row.scores[metric], part) for row in rows])
         for part in ("mean", "ci_low", "ci_high")
     )
-    theirs = [first_number(published(grid, row.cell, metric)) for row in rows]
-    scored = [row.scores[RANDOM].mean for row in rows if row.scores[RANDOM] and metric == SCORE]
-    same = np.allclose(scored, scored[:1])  # unless cells are scored in other worlds
-    return figures.Series(y, low, high, np.array(theirs), scored[0] if scored and same else None)
+    random = [_part(row.scores[RANDOM], "mean") if metric == SCORE else np.nan for row in rows]
+    by_seed = [[t.fact(metric) if t.finished else None for t in row.trials] for row in rows]
+    said = [published(grid, row.cell, metric) for row in rows]
+    authors = {
+        author: np.array([first_number(by.get(author, "")) for by in said])
+        for author in dict.fromkeys(author for by in said for author in by)
+    }
+    return figures.Series(y, low, high, np.array(by_seed, float), authors, np.array(random))
+
+
+def _part(score: Score | None, part: str) -> float:
+    return getattr(score, part) if score else np.nan
 
 
 def first_number(text: str) -> float:

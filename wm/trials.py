@@ -17,7 +17,7 @@ RETURNS = {  # metrics that are means over episodes, and the file in which their
     "eval/mean": EPISODES,
     "dream/mean": DREAMS,
 }
-LEAST_SEEDS = 3  # of an interval over training seeds alone, and of what is published
+LEAST_SEEDS = 3  # of an interval over training seeds alone, of a difference, of what is published
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,11 @@ def returns_by_seed(trials: Sequence[Trial], metric: str) -> dict[int, list[floa
 def difference(one: dict[int, list[float]], other: dict[int, list[float]]) -> Score | None:
     """How much more the other cell's episodes return, each than that of the same seed and game.
 
-    None if the two, returns by training seed, have no seed in common.
+    None if the two, returns by training seed, have less than LEAST_SEEDS in common: trainings
+    differ more than chance in their games says.
     """
     seeds = sorted(one.keys() & other.keys())
-    if not seeds:
+    if len(seeds) < LEAST_SEEDS:
         return None
     ours, theirs = (np.array([returns[seed] for seed in seeds]) for returns in (one, other))
     return score_of_seeds(theirs - ours)
