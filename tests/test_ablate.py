@@ -20,7 +20,7 @@ import pytest
 from mlflow import MlflowClient
 
 from wm import WMError, results, schedule
-from wm.ablate import ablate
+from wm.ablate import ablate, time_left
 from wm.config import ConfigError, load
 from wm.evaluate import Score, score_of_seeds
 from wm.grid import Grid, cells
@@ -227,6 +227,13 @@ def test_a_dry_run_says_what_is_done_and_does_nothing(grid, runs, capsys):
     grid("--dry-run", "jobs=1")  # one after another, on both cores that the minutes mean
     assert "about 12 min left" in capsys.readouterr().out
     assert not folder.exists() and not (runs / "tiny").exists()
+
+
+def test_stages_of_unknown_time_are_not_passed_over():
+    tasks = [SimpleNamespace(seconds=seconds) for seconds in (90, 0, 30)]
+    said = [time_left(dict(enumerate(some)), 2) for some in (tasks, tasks[::2], tasks[1:2], [])]
+    nobody = "nobody knows how long it takes"
+    assert said == ["at least 1 min left", "about 1 min left", nobody, "about 0 min left"]
 
 
 def test_what_is_published_is_copied_beside_the_grid(grid, own_folder):

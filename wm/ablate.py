@@ -210,9 +210,10 @@ def print_plan(plan: Plan, tasks: Mapping[str, Task]) -> None:
 def time_left(tasks: Mapping[str, Task], jobs: int) -> str:
     """From finished stages like these, else from the scale's minutes."""
     seconds = [task.seconds for task in tasks.values()]
-    if not all(seconds):
+    unknown, minutes = seconds.count(0), math.ceil(sum(seconds) / jobs / 60)
+    if unknown == len(seconds) > 0:
         return "nobody knows how long it takes"
-    return f"about {math.ceil(sum(seconds) / jobs / 60)} min left"
+    return f"at least {minutes} min left" if unknown else f"about {minutes} min left"
 
 
 def publish(plan: Plan) -> None:

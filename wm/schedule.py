@@ -145,13 +145,21 @@ def _stop(processes: list[BaseProcess]) -> None:
 
 
 def similar_seconds(stage: Stage) -> float | None:
-    """What the finished stage of this name took whose configuration agrees in most keys."""
-    wanted, seconds = flat(dict(stage.config)).items(), {}
+    """What the finished stage of this name took whose configuration agrees in most keys.
+
+    In all whole numbers, too, but the training seed: they say how much there is to do.
+    """
+    wanted, seconds = flat(dict(stage.config)), {}
     for path in stage.root.glob(f"{stage.label}-*/{DONE}"):
         with suppress(WMError):  # a damaged one says nothing of time
             config, taken = _finished(path)
-            seconds[sum(item in config.items() for item in wanted)] = taken
+            if _amounts(config) == _amounts(wanted):
+                seconds[sum(item in config.items() for item in wanted.items())] = taken
     return seconds[max(seconds)] if seconds else None
+
+
+def _amounts(config: Mapping[str, Any]) -> dict[str, int]:
+    return {key: value for key, value in config.items() if type(value) is int and key != "seed"}
 
 
 @cache
