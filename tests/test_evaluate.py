@@ -80,12 +80,15 @@ def test_what_all_trainings_share_does_not_average_out_between_them():
     assert width(thrice) == pytest.approx(width(once), rel=0.05)
 
 
+def held_out(workers, table):
+    return play_held_out(TINY, RandomPlayer("uniform"), 7, workers, "random", table)
+
+
 def test_every_held_out_seed_is_played_exactly_once_and_kept(workers, tmp_path):
-    outcomes = play_held_out(TINY, RandomPlayer("uniform"), 7, workers, "random", tmp_path)
+    path = tmp_path / "episodes.csv"
+    outcomes = held_out(workers, path)
     assert [outcome.seed for outcome in outcomes] == list(held_out_seeds(7))
     assert outcomes == play(TINY, RandomPlayer("uniform"), held_out_seeds(7))
-    path = tmp_path / "episodes.csv"
-    write_outcomes(path, outcomes)
     assert read_returns(path) == [outcome.episode_return for outcome in outcomes]
     lines = path.read_text().splitlines()
     assert lines[0] == "seed,return,steps,terminated"
@@ -94,17 +97,43 @@ def test_every_held_out_seed_is_played_exactly_once_and_kept(workers, tmp_path):
     assert [*map(int, steps)] == [outcome.steps for outcome in outcomes]
 
 
+class Counter:
+    """Workers that play one after the other and count, and are stopped after so many."""
+
+    def __init__(self, most):
+        self.played, self.most = 0, most
+
+    def play(self, env, player, seeds):
+        for outcome in play(env, player, seeds):
+            if self.played == self.most:
+                raise KeyboardInterrupt
+            self.played += 1
+            yield outcome
+
+
+def test_an_interrupted_evaluation_plays_nothing_twice(tmp_path):
+    table, first, second = tmp_path / "episodes.csv", Counter(4), Counter(7)
+    with pytest.raises(KeyboardInterrupt):
+        held_out(first, table)
+    assert not table.exists()
+    outcomes = held_out(second, table)
+    assert outcomes == play(TINY, RandomPlayer("uniform"), held_out_seeds(7))
+    assert (first.played, second.played) == (4, 3)
+    assert held_out(Counter(0), table) == outcomes
+    assert [path.name for path in tmp_path.glob("*.csv")] == ["episodes.csv"]
+
+
 @pytest.mark.parametrize("lost", [False, True])
 def test_the_leader_has_every_ranks_outcomes_and_plays_those_of_a_lost_one(
     lost, workers, tmp_path, as_rank
 ):
-    others = play(TINY, RandomPlayer("uniform"), held_out_seeds(7)[1::2])
+    others, table = play(TINY, RandomPlayer("uniform"), held_out_seeds(7)[1::2]), tmp_path / "e.csv"
     if not lost:
         as_rank(1, 2)
-        given = play_held_out(TINY, RandomPlayer("uniform"), 7, workers, "random", tmp_path)
-        assert given == others
+        assert held_out(workers, table) == others
+        assert not table.exists()
     as_rank(0, 2)
-    outcomes = play_held_out(TINY, RandomPlayer("uniform"), 7, workers, "random", tmp_path)
+    outcomes = held_out(workers, table)
     assert outcomes == play(TINY, RandomPlayer("uniform"), held_out_seeds(7))
     assert not list(tmp_path.glob(".*.csv"))
 
@@ -117,7 +146,7 @@ def test_scores_are_taken_in_the_official_game(tmp_path):
 
     spy = Spy()
     race = EnvConfig("carracing", crop=12)
-    play_held_out(race, RandomPlayer("uniform"), 2, spy, "random", tmp_path)
+    play_held_out(race, RandomPlayer("uniform"), 2, spy, "random", tmp_path / "e.csv")
     assert spy.env == EnvConfig("carracing", crop=12, fast_drawing=False)
 
 

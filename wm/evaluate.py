@@ -84,31 +84,39 @@ def score_of_seeds(returns: Sequence[Sequence[float]]) -> Score:
 
 
 def play_held_out(
-    env: EnvConfig, player: Player, episodes: int, workers: Workers, name: str, folder: Path
+    env: EnvConfig, player: Player, episodes: int, workers: Workers, name: str, table: Path
 ) -> list[Outcome]:
     """One episode per held-out seed, in the official game, drawn by the official code."""
     official = replace(env, fast_drawing=False)
-    return play_seeds(official, player, held_out_seeds(episodes), workers, name, folder)
+    return play_seeds(official, player, held_out_seeds(episodes), workers, name, table)
 
 
 def play_seeds(
-    env: EnvConfig, player: Player, seeds: Sequence[int], workers: Workers, name: str, folder: Path
+    env: EnvConfig, player: Player, seeds: Sequence[int], workers: Workers, name: str, table: Path
 ) -> list[Outcome]:
-    """One episode per seed, in the order of the seeds.
+    """One episode per seed, in the order of the seeds, and in the table; none is played twice.
 
-    A rank that does not lead leaves the outcomes of its share in `folder`, and gets no others.
+    A rank that does not lead leaves the outcomes of its share beside the table, and gets no others.
     """
+    if table.exists():
+        return read_outcomes(table)
     played: dict[Path, list[Outcome]] = {}
-    for kept, share in shares(folder, seeds):
-        path = folder / f"{kept}.csv"
-        if not path.exists():
-            outcomes = workers.play(env, player, share)
-            bar = tqdm(outcomes, name, len(share), unit="episode", disable=not leads())
-            write_outcomes(path, bar)
-        played[path] = read_outcomes(path)
-    for path in played if leads() else ():
-        path.unlink()
-    return sorted(chain.from_iterable(played.values()), key=lambda outcome: outcome.seed)
+    for kept, share in shares(table.parent, seeds):
+        path = table.parent / f"{kept}.csv"
+        done = read_outcomes(path) if path.exists() else []
+        known = {outcome.seed for outcome in done}
+        left = workers.play(env, player, [seed for seed in share if seed not in known])
+        bar = tqdm(left, name, len(share), initial=len(done), unit="episode", disable=not leads())
+        for outcome in bar:
+            done.append(outcome)
+            write_outcomes(path, done)
+        played[path] = done
+    outcomes = sorted(chain.from_iterable(played.values()), key=lambda outcome: outcome.seed)
+    if leads():
+        write_outcomes(table, outcomes)
+        for path in played:
+            path.unlink(missing_ok=True)
+    return outcomes
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:

@@ -25,7 +25,7 @@ from wm.envs import (
 from wm.episodes import EpisodeStore
 from wm.evaluate import EvaluateConfig, read_outcomes, write_outcomes
 from wm.training import TrainerConfig
-from wm.workers import RandomPlayer, play
+from wm.workers import RandomPlayer, Workers, play
 from wm.worldmodels import work
 from wm.worldmodels.agent import Agent, AgentConfig, AgentPlayer, read_module, save_tensors
 from wm.worldmodels.encode import encode_store
@@ -98,7 +98,7 @@ def test_the_agent_with_the_best_mean_on_validation_seeds_is_kept(
             choose(env=env, before=2, episodes=6)
         (folder / "controller-1").mkdir()
         write_outcomes(folder / "controller-1" / "episodes.csv", expected["controller-1"])
-        monkeypatch.setattr(work, "play_seeds", Mock(side_effect=AssertionError))
+        monkeypatch.setattr(Workers, "play", Mock(side_effect=AssertionError))
     facts = choose(env=env, before=2, episodes=6)
     means = {role: mean_return(outcomes) for role, outcomes in expected.items()}
     assert abs(means["controller-0"] - means["controller-1"]) > 0.1
@@ -194,6 +194,14 @@ def test_an_agent_is_scored_and_its_v_measured_in_the_world_that_is_asked_for(
         tmp_path, {"controller": tmp_path}, silent, TrainerConfig(workers=1), **given
     )
     assert facts["eval/reconstruction_error"] == errors[blue]
+
+
+def test_an_episode_of_one_action_is_scored_without_a_dream_of_it(make_agent, tmp_path, silent):
+    agent, env = make_agent("tiny", horizon=5), EnvConfig("tiny", 1)
+    agent.save(tmp_path / "agent")
+    given = {"env": env, "evaluation": EvaluateConfig(2)}
+    evaluate_agent(tmp_path, {"controller": tmp_path}, silent, TrainerConfig(workers=1), **given)
+    assert (tmp_path / "episode.mp4").exists() and not (tmp_path / "filmstrip.png").exists()
 
 
 def test_only_take_covers_actions_are_moves():

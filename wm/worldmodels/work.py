@@ -38,7 +38,7 @@ from wm.evaluate import (
     EvaluateConfig,
     play_held_out,
     play_seeds,
-    read_outcomes,
+    read_returns,
     score,
     write_outcomes,
 )
@@ -402,16 +402,10 @@ def choose_round(
     seeds, played = validation_seeds(before + episodes)[before:], {}
     with Workers(trainer.workers) as workers, run.busy():
         for role, controller in inputs.items():
-            table = folder / role / EPISODES
-            if not table.exists():
-                table.parent.mkdir(exist_ok=True)
-                player = AgentPlayer(controller / "agent")
-                outcomes = play_seeds(env, player, seeds, workers, role, table.parent)
-                if leads():
-                    write_outcomes(table, outcomes)
-                    run.log_file(table, role)
-            if leads():
-                played[role] = read_outcomes(table)
+            table, player = folder / role / EPISODES, AgentPlayer(controller / "agent")
+            table.parent.mkdir(exist_ok=True)
+            played[role] = play_seeds(env, player, seeds, workers, role, table)
+            run.log_file(table, role)
     if not leads():
         return {}
     means = {role: mean_return(outcomes) for role, outcomes in played.items()}
@@ -453,14 +447,13 @@ def play_baseline(
     evaluation: EvaluateConfig,
 ) -> Facts:
     """The random policy on the held-out seeds."""
-    player, game = RandomPlayer("uniform"), evaluation.game(env)
+    player, table = RandomPlayer("uniform"), folder / EPISODES
     with Workers(trainer.workers) as workers, run.busy():
-        outcomes = play_held_out(
-            game, player, evaluation.episodes, workers, "random policy", folder
-        )
+        many = evaluation.episodes
+        play_held_out(evaluation.game(env), player, many, workers, "random policy", table)
     if not leads():
         return {}
-    return _keep_score(outcomes, folder, run, "random")
+    return scored(table, run, "random")
 
 
 def evaluate_agent(
@@ -474,12 +467,13 @@ def evaluate_agent(
 ) -> Facts:
     """The agent on the held-out seeds, and what it saw and dreamt in an episode."""
     player, game = AgentPlayer(inputs["controller"] / "agent"), evaluation.game(env)
+    table = folder / EPISODES
     with Workers(trainer.workers) as workers, run.busy():
-        outcomes = play_held_out(game, player, evaluation.episodes, workers, "agent", folder)
+        outcomes = play_held_out(game, player, evaluation.episodes, workers, "agent", table)
     if not leads():
         return {}
     agent = Agent.load(player.folder)
-    facts = _keep_score(outcomes, folder, run, "eval") | dream_score(agent, evaluation, folder, run)
+    facts = scored(table, run, "eval") | dream_score(agent, evaluation, folder, run)
     middle = sorted(outcomes, key=lambda outcome: outcome.episode_return)[len(outcomes) // 2]
     (episode,) = record(as_vector(make_env(game)), player, [middle.seed])
     draw_life(agent, episode, folder, run)
@@ -509,23 +503,23 @@ def dream_score(agent: Agent, evaluation: EvaluateConfig, folder: Path, run: Sta
             seeds, *(values.tolist() for values in vars(result).values()), strict=True
         )
     ]
-    return _keep_score(outcomes, folder, run, "dream", DREAMS)
+    write_outcomes(folder / DREAMS, outcomes)
+    return scored(folder / DREAMS, run, "dream")
 
 
-def _keep_score(
-    outcomes: list[Outcome], folder: Path, run: StageRun, name: str, file: str = EPISODES
-) -> Facts:
-    write_outcomes(folder / file, outcomes)
-    run.log_file(folder / file)
-    result = score([outcome.episode_return for outcome in outcomes])
+def scored(table: Path, run: StageRun, name: str) -> Facts:
+    """The score of a table of episodes, which the run keeps."""
+    run.log_file(table)
+    result = score(read_returns(table))
     return {f"{name}/{part}": value for part, value in vars(result).items()}
 
 
 def draw_life(agent: Agent, episode: Episode, folder: Path, run: StageRun) -> None:
     game, temperature = agent.config.env.name, agent.config.controller.temperature
-    strip = folder / "filmstrip.png"
-    pictures.filmstrip(agent.vision, agent.memory, episode, game, temperature, strip)
-    run.log_file(strip)
+    if len(episode.actions) > 1:  # the first wakes M, and it dreams of the others
+        strip = folder / "filmstrip.png"
+        pictures.filmstrip(agent.vision, agent.memory, episode, game, temperature, strip)
+        run.log_file(strip)
     frames = pictures.side_by_side(agent.vision, episode)
     speed = STEPS_PER_SECOND[game] / agent.config.env.repeat
     run.log_file(figures.video(frames, folder / "episode.mp4", speed))
