@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from wm.ranks import leads, lost_rank, rank, rows, summed, world_size
 from wm.stages import CHECKPOINTS
 
 KEPT_CHECKPOINTS = 2
+LONGEST_WAIT = timedelta(days=1)  # of a rank for the others
 PARTS = {"state_dict", "optimizer_states", "callbacks", "loops"}  # of a checkpoint of Lightning
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 HARMLESS = (  # advice of Lightning that does not fit: batches are made whole, folders are resumed
@@ -205,13 +207,15 @@ def device(config: TrainerConfig) -> str:
 def _strategy(module: L.LightningModule) -> Any:
     """How ranks are joined: gradients are averaged, and nothing is where there are none.
 
-    One process group serves all trainings of a command, on CPUs and on GPUs.
+    One process group serves all trainings of a command, on CPUs and on GPUs. Ranks wait for long:
+    while C practises in the game the leader works alone; one that has ended is seen at once.
     """
     if world_size() == 1:
         return "auto"
     learns = module.automatic_optimization and any(p.requires_grad for p in module.parameters())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    return (DDPStrategy if learns else NoGradients)(process_group_backend=backend)
+    kind = DDPStrategy if learns else NoGradients
+    return kind(process_group_backend=backend, timeout=LONGEST_WAIT)
 
 
 class NoGradients(DDPStrategy):
@@ -239,6 +243,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None):
         path, data = Path(path), io.BytesIO()
         path.parent.mkdir(parents=True, exist_ok=True)
+        for partial in path.parent.glob(".*"):  # of a process killed amid this
+            partial.unlink()
         torch.save(checkpoint, data)
         write_atomically(path, data.getvalue())
         write_atomically(_hash_file(path), hashlib.sha256(data.getvalue()).hexdigest())
