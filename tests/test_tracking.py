@@ -2,11 +2,12 @@
 
 import os
 import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
 
-from wm import WMError
+from wm import WMError, tracking
 from wm.config import flat
 from wm.server import tracking_uri
 from wm.stages import Stage
@@ -173,3 +174,25 @@ def test_a_line_cut_by_a_crash_does_not_spoil_the_local_record(tmp_path):
     record.log_metrics({"loss": 3.0}, 3)
     history = read_metrics(tmp_path)["loss"]
     assert (history[1], history[3]) == (5.0, 3.0)
+
+
+def test_the_commit_is_of_the_code_s_own_checkout_and_marks_changes(tmp_path, monkeypatch):
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+        return done.stdout.decode().strip()
+
+    for folder in ("wm", "conf"):
+        (tmp_path / folder).mkdir()
+    code = tmp_path / "wm" / "tracking.py"
+    code.touch()
+    monkeypatch.setattr(tracking, "__file__", str(code))
+    git("init")
+    git("commit", "--allow-empty", "-m", "another project")
+    assert tracking.git_commit() == "none"  # the code is only installed there
+    git("add", "wm")
+    git("commit", "-m", "this one")
+    head = git("rev-parse", "HEAD")
+    assert tracking.git_commit() == head
+    (tmp_path / "conf" / "new.yaml").touch()
+    assert tracking.git_commit() == f"{head}+"

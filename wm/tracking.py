@@ -62,16 +62,22 @@ def ui_command(runs: Path) -> str:
 
 
 def git_commit() -> str:
-    """The commit of the checkout this code runs from, `+` when it has changes, or 'none'."""
-    here = Path(__file__).parent
+    """The commit of the checkout this code runs from, `+` when it has changes, or 'none'.
+
+    None, too, where it is installed in a folder that another project's git knows.
+    """
+    code = Path(__file__)
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(code.parent), *words]
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+
     try:
-        git = ["git", "-C", str(here)]
-        head, quiet = [*git, "rev-parse", "HEAD"], subprocess.DEVNULL
-        commit = subprocess.check_output(head, text=True, stderr=quiet).strip()
-        dirty = subprocess.check_output([*git, "status", "--porcelain", str(here)], text=True)
+        git("ls-files", "--error-unmatch", code.name)
+        changes = git("status", "--porcelain", ".", "../conf")
+        return git("rev-parse", "HEAD") + ("+" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "none"
-    return commit + ("+" if dirty.strip() else "")
 
 
 def make_runs(runs: Path) -> None:
@@ -243,7 +249,7 @@ class Tracker:
         """A run below a grid's parent: what was set, and what came of it; FAILED if nothing did."""
         key = hashlib.sha256(fingerprint.encode()).hexdigest()[:12]
         folder = self.folder.with_name(f"{self.folder.name}-{key}")  # after its parent
-        record = self._describe(name, {FINGERPRINT_TAG: fingerprint}, self.parent, config)
+        record = self._describe(name, {FINGERPRINT_TAG: key}, self.parent, config)
         run_id = self._open(record, folder, self.run_id)
         StageRun(self.server, run_id, folder, record).log_metrics(metrics)
         self._end_run(run_id, record, folder, "FINISHED" if metrics else "FAILED")
