@@ -1,5 +1,7 @@
 """The command line: usage, the resolved configuration, and errors of one line."""
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -43,6 +45,21 @@ def test_the_usage_names_every_command(words, wm):
     assert (code, err) == (0, "")
     for name in COMMANDS:
         assert f"\n  {name} " in out
+
+
+def test_trouble_with_the_disk_is_one_line_and_no_other_fault_is_hidden(wm, monkeypatch):
+    def fails(number):
+        def work(words):
+            raise OSError(number, os.strerror(number), "runs/x.png")
+
+        monkeypatch.setitem(COMMANDS, "sync", work)
+        return wm("sync")
+
+    code, _, err = fails(errno.ENOSPC)
+    assert code == 2 and len(err.splitlines()) == 1
+    assert "No space left" in err and "runs/x.png" in err and "the same command goes on" in err
+    with pytest.raises(FileNotFoundError):
+        fails(errno.ENOENT)
 
 
 def test_config_prints_what_would_be_run_as_yaml(wm, tmp_path):

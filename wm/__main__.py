@@ -1,5 +1,6 @@
 """The command line: `wm COMMAND [key=value ...]`."""
 
+import errno
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -32,6 +33,8 @@ USAGE = """usage: wm COMMAND [env=GAME] [scale=SCALE] [key=value ...]
   what is damaged again
 
 for instance: wm run env=takecover scale=laptop controller.temperature=1.15 seed=3"""
+
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 
 
 def run(words: Sequence[str]) -> None:
@@ -162,6 +165,11 @@ def main() -> None:
         COMMANDS[name](words)
     except WMError as error:
         print(f"wm: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        print(f"wm: {error}; once that is mended, the same command goes on", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nwm: interrupted; the same command goes on from here", file=sys.stderr)

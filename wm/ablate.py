@@ -21,6 +21,7 @@ from tqdm import tqdm
 from wm import WMError
 from wm.config import ConfigError, bounded, dotlist, load, merge, plain
 from wm.grid import Grid, at_scale, base_words, cells, read_grid
+from wm.ranks import gather
 from wm.results import write_results
 from wm.schedule import Pipeline, Task, last_lines, missing_tasks, run_tasks
 from wm.stages import Stage
@@ -126,6 +127,7 @@ def make_plan(family: Family, words: Sequence[str]) -> Plan:
     grid = at_scale(grid, load(family.Config, base_words(grid, others)).scale)
     base = load(family.Config, base_words(grid, others))
     require_accelerator(base.trainer.accelerator)
+    gather(1, 1)  # its processes are its own: ranks that others have started would do the same
     grid = replace(grid, seeds=list(dict.fromkeys(options.seeds or grid.seeds)))
     if options.publish and len(grid.seeds) < LEAST_SEEDS:
         raise ConfigError(f"what is published needs {LEAST_SEEDS} training seeds at least")

@@ -107,5 +107,8 @@ def test_a_configuration_that_is_not_one_is_reported(folder, text, error):
 
 def test_a_folder_is_found_as_itself_and_an_empty_one_holds_no_agent(folder, tmp_path):
     assert find_agent(str(folder)) == folder
-    with pytest.raises(WMError, match="holds no agent"):
-        Agent.load(tmp_path)
+    assert folder.name == "agent" and find_agent(str(folder.parent)) == folder  # of its stage
+    (tmp_path / "empty").mkdir()
+    for look in (Agent.load, find_agent):
+        with pytest.raises(WMError, match="holds no agent"):
+            look(tmp_path / "empty")

@@ -187,13 +187,16 @@ class AgentPlayer:
 
 
 def find_agent(run: str | Path, runs: Path = Path("runs")) -> Path:
-    """The folder of an agent: given as such, or as the id of an MLflow run.
+    """The folder of an agent: given as such, as its stage's, or as the id of an MLflow run.
 
     Raises:
         WMError: if neither a folder nor a run with an agent is found.
     """
-    if (Path(run) / "config.yaml").is_file():
-        return Path(run)
+    for folder in (Path(run), Path(run) / "agent"):  # of a stage
+        if (folder / "config.yaml").is_file():
+            return folder
+    if Path(run).is_dir():
+        raise WMError(f"{run} holds no agent (config.yaml is missing)")
     from wm.tracking import download_agent  # MLflow is slow to import, and not always needed
 
     return download_agent(str(run), runs)
