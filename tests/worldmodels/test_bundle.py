@@ -34,7 +34,7 @@ def test_the_starts_that_are_kept_span_all(make_agent):
     starts = torch.arange(1024.0)[:, None]
     agent = replace(make_agent(), starts=Starts(starts, starts[:, None]))
     kept = bundle.halved(agent).starts.latent[:, 0]
-    assert len(kept) == bundle.STARTS and kept.max() > 1000 and kept.min() < 24
+    assert len(kept) == bundle.KEPT_STARTS and kept.max() > 1000 and kept.min() < 24
 
 
 def test_a_halved_agent_dreams(saved, tmp_path):

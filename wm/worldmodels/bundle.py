@@ -18,7 +18,7 @@ from wm.worldmodels.pipeline import Config, result_config, scored_controller, st
 from wm.worldmodels.starts import Starts
 
 PRETRAINED = shipped("pretrained")
-STARTS = 128  # that are kept, at most
+KEPT_STARTS = 128  # at most
 
 
 def pretrained(game: str) -> str:
@@ -61,6 +61,8 @@ def bundle(words: Sequence[str]) -> None:
 def halved(agent: Agent) -> Agent:
     """With V, M and some of the starts in float16; C, which is small, stays as it is."""
     vision, memory = deepcopy(agent.vision).half(), deepcopy(agent.memory).half()
-    some = slice(None, None, -(-len(agent.starts.latent) // STARTS))  # they are in order of time
+    some = slice(
+        None, None, -(-len(agent.starts.latent) // KEPT_STARTS)
+    )  # they are in order of time
     starts = Starts(*(tensor[some].half() for tensor in agent.starts))
     return replace(agent, vision=vision, memory=memory, starts=starts)

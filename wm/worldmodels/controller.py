@@ -44,7 +44,7 @@ class ControllerConfig:
     adam: bool = True  # es: Adam, else plain gradient ascent
     validate_every: int = bounded(10, 1)  # generations between scores in the real game
     validation_episodes: int = bounded(8, 1)
-    keep: Literal["best", "mean"] = "best"  # by validation score, of all rounds; or the last
+    keep: Literal["best", "mean"] = "best"  # by validation score, also between rounds; or the last
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,10 @@ class DreamEnv(VectorEnv):
     pays after its end means nothing: it is left out of the computation sooner or later.
 
     A dream ends as M's end head says (config.end): "threshold" where its output is above 0.5 (the
-    original code); "calibrated" with the probability of real life; "weighted" with its output as it
-    was trained, ends weighted: a dream about as many times deadlier than life, meant to leave C
-    less to exploit where M has lost sight of a danger (not yet shown to transfer better).
+    original code); "calibrated" with the probability in what M was shown, about that of real life
+    (see wm/data.py); "weighted" with its output as it was trained, ends weighted: a dream about as
+    many times deadlier, meant to leave C less to exploit where M has lost sight of a danger (not
+    yet shown to transfer better).
     "expected": no end is drawn; a step pays its reward times the probability of having lived so
     long, which has the mean of "calibrated" returns without the chance of when a dream ends.
     "never": it goes on to the horizon.
@@ -144,7 +145,7 @@ class DreamEnv(VectorEnv):
 
     @property
     def calibration(self) -> float:
-        """What a weighted end logit lies above that of the probability of real life."""
+        """What a weighted end logit lies above that of the probability in what M was shown."""
         return math.log(self.memory.config.end_weight)
 
     def _bar(self, uniform: Tensor) -> Tensor:

@@ -138,7 +138,8 @@ class AskAndTell(Callback):
 class Search(L.LightningModule):
     """Looks for C in training steps, and judges its mean in the real game between epochs.
 
-    The best mean by validation score is kept; validation seeds serve choices and nothing else.
+    The best mean by validation score is kept, of those that it has come to: not the one it began
+    with.
     """
 
     def __init__(self, mean: Tensor, real_game: RealGame):

@@ -246,6 +246,7 @@ class MDNRNN(L.LightningModule):
         self.end_counts = torch.zeros(3, device=self.device)
 
     def validation_step(self, batch: dict[str, Tensor], number: int) -> None:
+        """Of the means, also where M is trained on samples: less than the losses of these."""
         parts = self.loss(batch, None)
         losses = {f"memory/val_{k}": v for k, v in parts.items() if k in (*LOSSES, "loss")}
         self.log_dict(losses, batch_size=int(batch["mask"].sum()))

@@ -51,7 +51,7 @@ class Experience(NamedTuple):
 Practice = Callable[[Tensor, Tensor, Sequence[int], torch.Generator], Experience]
 
 
-class Recorder(VectorWrapper):
+class ExperienceRecorder(VectorWrapper):
     """Keeps what a rollout of at most so many steps sees and gets."""
 
     env: DreamEnv | LatentEnv
@@ -99,7 +99,7 @@ def explore(
     envs: DreamEnv | LatentEnv, explorer: Explorer, seeds: Sequence[int], steps: int
 ) -> Experience:
     """An episode of at most so many steps in each of N environments."""
-    recorder = Recorder(envs, steps)
+    recorder = ExperienceRecorder(envs, steps)
     rollout(recorder, explorer, seeds)
     kept = (torch.stack(values) for values in (explorer.raw, recorder.rewards, recorder.alive))
     return Experience(recorder.features, *kept)

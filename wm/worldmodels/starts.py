@@ -43,7 +43,10 @@ def draw_starts(
     kind: Literal["any", "first"],
     seed: int,
 ) -> Starts:
-    """Random steps of training episodes, or their first frames; M has seen all that came before."""
+    """Random steps of training episodes, or first frames; M has seen all that came before.
+
+    Either way an episode is drawn in proportion to its length.
+    """
     generator = np.random.default_rng(seed)
     train, _ = store.split()
     share = store.steps[train] / store.steps[train].sum()

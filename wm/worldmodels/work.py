@@ -313,7 +313,7 @@ def played_steps(folder: Path) -> float:
 
 
 def new_agent(config: AgentConfig, inputs: Inputs, seed: int) -> Agent:
-    """V and M of this round, C at zero or at the last round's mean, starts for the dreams."""
+    """V and M of this round, C's first weights or the last round's mean, and starts of dreams."""
     vision = load_vision(config.vision, inputs)
     actions = action_space(config.env.name).shape
     make_memory = partial(MDNRNN, config.memory, config.vision.latent, *actions)
