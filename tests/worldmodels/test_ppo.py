@@ -40,7 +40,7 @@ def learner(make_agent):
 
     def make(**settings):
         agent = make_agent(**{**SETTINGS, **settings})
-        return PPO(agent, partial(practise_in_dreams, agent, False), seeds_of, real_game)
+        return PPO(agent, partial(practise_in_dreams, agent, False), seeds_of, real_game, ())
 
     return make
 
@@ -234,7 +234,7 @@ def test_held_actions_count_as_steps_of_the_game(player, workers, tmp_path, monk
     env = EnvConfig("tiny", 10, repeat=2)
     agent = replace(agent, config=replace(agent.config, env=env))
     practise = partial(practise_in_the_game, workers, env, folder)
-    module, logged = PPO(agent, practise, lambda iteration: range(5), real_game), {}
+    module, logged = PPO(agent, practise, lambda iteration: range(5), real_game, ()), {}
     usual = module.log
     monkeypatch.setattr(
         module, "log", lambda k, v, **how: (logged.update({k: v}), usual(k, v, **how))
@@ -256,7 +256,7 @@ def test_padding_far_from_all_that_c_does_teaches_nothing(learner):
 
 
 def test_a_step_after_the_end_of_a_game_counts_for_nothing(player, workers):
-    module = PPO(player[0], None, seeds_of, real_game)
+    module = PPO(player[0], None, seeds_of, real_game, ())
     brought = played(player, workers, 0.3)
     advantage, target = module.advantages(brought)
     over = brought.alive[:-1] == 0

@@ -5,7 +5,7 @@ Strategies: CMA-ES (pycma) and the plain evolution-strategies gradient (Salimans
 P candidates, n weights. Fitness is a return: more is better.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -136,21 +136,27 @@ class AskAndTell(Callback):
 
 
 class Search(L.LightningModule):
-    """Looks for C in training steps, and judges its mean in the real game between epochs.
+    """Looks for C in training steps, and judges its mean in the real game after some of them.
 
     The best mean by validation score is kept, of those that it has come to: not the one it began
     with.
+
+    Args:
+        mean: weights [n] to begin with.
+        judged: the numbers of steps after which the mean plays.
     """
 
-    def __init__(self, mean: Tensor, real_game: RealGame):
+    def __init__(self, mean: Tensor, real_game: RealGame, judged: Container[int]):
         super().__init__()
         self.automatic_optimization = False
-        self.real_game = real_game
+        self.real_game, self.judged = real_game, judged
         self.mean = nn.Parameter(mean.clone(), requires_grad=False)
         self.register_buffer("best", mean.double().clone())
         self.register_buffer("best_score", torch.tensor(-torch.inf, dtype=torch.float64))
 
     def validation_step(self, batch: Any, number: int) -> None:
+        if self.global_step not in self.judged:
+            return
         outcomes = self.real_game(self.mean.detach())
         score = mean_return(outcomes)
         if score > self.best_score:
@@ -166,8 +172,8 @@ class Evolution(Search):
 
     step_unit = "generation"
 
-    def __init__(self, mean: Tensor, fitness: Fitness, real_game: RealGame):
-        super().__init__(mean.double(), real_game)
+    def __init__(self, mean: Tensor, fitness: Fitness, real_game: RealGame, judged: Container[int]):
+        super().__init__(mean.double(), real_game, judged)
         self.try_all = fitness
 
     def training_step(self, batch: Any, number: int) -> None:

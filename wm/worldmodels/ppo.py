@@ -6,7 +6,7 @@ with Gaussian noise on its raw outputs, and then follows the clipped gradient of
 N episodes, T steps, F features, A actions, n weights of C.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,7 +160,7 @@ def _play_with_noise(
 
 
 class PPO(Search):
-    """Improves C by what it practises, and judges it in the real game between epochs.
+    """Improves C by what it practises.
 
     Args:
         agent: whose C is begun with.
@@ -176,8 +176,9 @@ class PPO(Search):
         practise: Practice,
         seeds: Callable[[int], list[int]],
         real_game: RealGame,
+        judged: Container[int],
     ):
-        super().__init__(agent.weights.float(), real_game)
+        super().__init__(agent.weights.float(), real_game, judged)
         self.mean.requires_grad_()
         self.agent, self.practise, self.seeds = agent, practise, seeds
         config, self.discount = agent.config, agent.config.controller.discount

@@ -239,7 +239,8 @@ def evolve_controller(
     agent, its_folder = new_agent(config, inputs, seed), folder / "agent"
     if leads():
         agent.save(its_folder)  # before `fit`, in which the ranks meet
-    settings = config.controller
+    settings, last = config.controller, config.controller.generations
+    judged = {*range(settings.validate_every, last, settings.validate_every), last}
     with Workers(trainer.workers) as workers:
         play = partial(play_candidates, workers, config.env, its_folder)
         real_game = partial(validate, play, validation_seeds(settings.validation_episodes), run)
@@ -247,7 +248,7 @@ def evolve_controller(
         if settings.optimizer == "ppo":
             seeds = partial(generation_seeds, settings.population * settings.episodes, seed, round)
             practise = make_practice(agent, its_folder, workers, trainer)
-            module = PPO(agent, practise, seeds, real_game)
+            module = PPO(agent, practise, seeds, real_game, judged)
             if settings.fitness == "real" and "controller" in inputs:
                 go_on(module, inputs["controller"])
         else:
@@ -257,9 +258,9 @@ def evolve_controller(
             else:
                 how = settings.part, settings.horizon, trainer.compile, device(trainer)
                 fitness = dream_fitness(workers, its_folder, seeds, *how)
-            module = Evolution(agent.weights, fitness, real_game)
+            module = Evolution(agent.weights, fitness, real_game, judged)
             callbacks.insert(0, AskAndTell(partial(make_strategy, agent, seed, round)))
-        data = StepsData(int, [0], settings.generations, settings.validate_every)
+        data = StepsData(int, [0], last, epoch_steps=1)  # a checkpoint after each
         here = replace(trainer, accelerator="cpu")  # float64 means live there
         fit(module, data, folder, here, run.loggers, log_every=1, callbacks=callbacks)
     if not leads():
