@@ -267,6 +267,14 @@ def test_a_table_says_what_the_names_of_its_cells_do_not():
     assert alone == "In every cell: `env=tiny rounds=3 seed=2 vision.beta=1`."
 
 
+def test_cells_with_one_picture_share_it_under_what_they_have_in_common():
+    made = cells(Grid(axes={"vision.beta": [1, 2], "x": {"a": {}, "b": {}}}))
+    assert results.in_common(made[:1]) == "beta 1, a"
+    assert results.in_common(made[:2]) == "beta 1"
+    assert results.in_common(made[::2]) == "a"
+    assert results.in_common(made) == "every cell"
+
+
 def test_cells_are_told_apart_by_the_games_and_seeds_that_both_have():
     generator = np.random.default_rng(0)
     games = generator.normal(800, 400, (3, 100))  # as of three trainings

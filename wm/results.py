@@ -277,12 +277,18 @@ def first_number(text: str) -> float:
 
 
 def pictures(grid: Grid, rows: Sequence[Row]) -> dict[str, Path]:
-    """The grid's picture of each cell's first trial."""
+    """The grid's picture of each cell's first trial; once, where cells have the same."""
     stage_name, _, file = grid.pictures.partition("/")
-    found = {
-        row.cell.name: stage.folder / file
-        for row in rows
-        for stage in row.trials[0].pipeline.stages
-        if stage.name == stage_name
-    }
-    return {name: path for name, path in found.items() if path.is_file()}
+    cells: dict[Path, list[Cell]] = {}
+    for row in rows:
+        for stage in row.trials[0].pipeline.stages:
+            if stage.name == stage_name and (stage.folder / file).is_file():
+                cells.setdefault(stage.folder / file, []).append(row.cell)
+    return {in_common(its): path for path, its in cells.items()}
+
+
+def in_common(cells: Sequence[Cell]) -> str:
+    """The name of cells by the axes in which they agree."""
+    first, *others = (cell.values for cell in cells)
+    values = {axis: v for axis, v in first.items() if all(its[axis] == v for its in others)}
+    return Cell(values, ()).name or "every cell"

@@ -6,44 +6,34 @@ import torch
 
 from wm.episodes import Episode
 from wm.worldmodels import pictures
+from wm.worldmodels.dream import Starts
 from wm.worldmodels.pictures import AHEAD, FUTURES, parting, reconstruction_error
 from wm.worldmodels.vae import to_images
 
 
-@pytest.fixture
-def memory(make_memory):
-    """An M that is unsure of the next latent after an action of 1 and knows it after one of 0."""
-    m = make_memory(mixtures=1)
-    with torch.no_grad():
-        for parameter in m.parameters():
-            parameter.zero_()
-        gates = m.rnn.weight_ih_l0.unflatten(0, (4, -1)), m.rnn.bias_ih_l0.unflatten(0, (4, -1))
-        gates[1][[0, 3]], gates[1][1] = 9.0, -9.0  # in and out are open, nothing is kept
-        gates[0][2, :, -1] = 9.0  # of the action
-        m.mixture_head.bias[-4:] = -7.0
-        m.mixture_head.weight[-4:, 0] = 10.0
-    return m
+@pytest.mark.parametrize("surprise", [25, 31, 40])
+def test_ways_part_where_much_is_about_to_change(surprise):
+    latents = np.random.default_rng(0).normal(0, 0.1, size=(41, 4))
+    latents[surprise] += 5
+    assert parting(latents, AHEAD) + AHEAD == surprise
 
 
-@pytest.mark.parametrize("surprise", [25, 31, 39])
-def test_ways_part_where_m_is_unsure_in_the_end(vision, memory, surprise):
-    means, actions = torch.zeros(41, 4), torch.zeros(40, 1)
-    actions[surprise] = 1
-    now, dreams = parting(vision, memory, means, actions, "tiny")
-    assert now + AHEAD - 1 == surprise
-    assert dreams.shape == (FUTURES, AHEAD, 4)
-    spread = dreams.std(0).mean(-1)
-    assert spread[-1] > 1 and (spread[:-1] < 0.01).all()
-
-
-def test_starts_within_an_episode_are_those_of_having_lived_so_far(make_memory):
+@pytest.mark.parametrize("now", [0, 1, 11])
+def test_futures_begin_with_what_m_remembers_and_differ(make_memory, now):
     memory, means, actions = make_memory(), torch.randn(21, 4), torch.rand(20, 1)
-    starts = pictures.starts_within(memory, means, actions, np.array([0, 1, 20]))
-    for number, moment in enumerate((1, 20), start=1):
-        alone = pictures.warm_start(memory, means[None, : moment + 1], actions[None, :moment])
-        torch.testing.assert_close(starts.latent[number], alone.latent[0])
-        torch.testing.assert_close(starts.state[number], alone.state[0])
-    assert (starts.state[0] == 0).all() and (starts.latent[0] == means[0]).all()
+    dreams = pictures.dream_on(memory, means, actions, now, "tiny")
+    assert dreams.shape == (FUTURES, 20 - now, 4) and (dreams.std(0) > 0).all()
+    state = memory.zero_state(1)
+    for step in range(now):
+        _, state = memory.advance(
+            means[None, step : step + 1], actions[None, step : step + 1], state
+        )
+    copies = Starts.of(
+        means[now].expand(FUTURES, -1), tuple(s.repeat(1, FUTURES, 1) for s in state)
+    )
+    along = actions[now:].expand(FUTURES, -1, -1)
+    expected = pictures.dream_along(memory, copies, along, "tiny", temperature=1.0)
+    torch.testing.assert_close(dreams, expected)
 
 
 def made_up(steps):

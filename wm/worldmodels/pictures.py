@@ -19,7 +19,7 @@ WARM_UP = 10  # real steps M sees before it is left alone
 FUTURES = 5
 SHOWN, STRIDE = 9, 5  # frames of a filmstrip, actions from one to the next
 AHEAD = 12  # actions of each future
-MOMENTS = 64  # of an episode that are tried for where futures part
+TEMPERATURES = (0.1, 0.5, 1.0, 1.3)  # of M's dreams whose error is drawn
 TRAVERSED = 6  # latents shown, the most active first
 
 
@@ -70,40 +70,36 @@ def futures(
 ) -> Path:
     """What came after the moment where ways part, and five dreams of it with the same actions."""
     means, actions = torch.from_numpy(latents), torch.from_numpy(episode.actions)
-    now, dreams = parting(vision, memory, means, actions, game)
-    steps = np.arange(dreams.shape[1] + 1)
-    rows = {"real": episode.frames[now + steps]}
+    ahead = min(AHEAD, len(actions))
+    now = parting(latents, ahead)
+    rows = {"real": episode.frames[now + np.arange(ahead + 1)]}
+    dreams = dream_on(memory, means, actions[: now + ahead], now, game)
     for number, dream in enumerate(dreams, start=1):
         rows[f"dream {number}"] = decode(vision, torch.cat([means[now][None], dream]))
-    return figures.save(figures.frame_rows(rows, [f"+{step}" for step in steps]), path)
+    titles = [f"+{step}" for step in range(ahead + 1)]
+    return figures.save(figures.frame_rows(rows, titles), path)
+
+
+def parting(latents: np.ndarray, ahead: int) -> int:
+    """The moment of an episode with latents [T+1,Z] after which so many steps change most.
+
+    A fireball is about to be thrown there, or a bend about to come. It is the same for every M
+    that sees through one V, so that their dreams can be compared.
+    """
+    last = len(latents) - 1 - ahead
+    first = min(WARM_UP, last)
+    change = np.square(latents[first + ahead :] - latents[first : last + 1]).sum(-1)
+    return first + int(change.argmax())
 
 
 @torch.inference_mode()
-def parting(
-    vision: ConvVAE, memory: MDNRNN, means: Tensor, actions: Tensor, game: str
-) -> tuple[int, Tensor]:
-    """The moment of an episode whose dreams differ most, and their latents [FUTURES,AHEAD,Z].
-
-    They get the episode's own actions [T,A], and differ by the variance of their last pixels: many
-    moments, seen from latents [T+1,Z], have one future only.
-    """
-    ahead = min(AHEAD, len(actions))
-    last = len(actions) - ahead
-    moments = np.unique(np.linspace(min(WARM_UP, last), last, MOMENTS).astype(int))
-    starts = starts_within(memory, means, actions, moments)
-    copies = Starts(*(part.repeat_interleave(FUTURES, 0) for part in starts))
-    along = actions[moments[:, None] + np.arange(ahead)].repeat_interleave(FUTURES, 0)
-    dreamt = dream_along(memory, copies, along, game, temperature=1.0)
-    ends = decode(vision, dreamt[:, -1]).reshape(len(moments), FUTURES, -1)
-    chosen = int(ends.var(1).mean(1).argmax())
-    return int(moments[chosen]), dreamt.unflatten(0, (-1, FUTURES))[chosen]
-
-
-def starts_within(memory: MDNRNN, means: Tensor, actions: Tensor, moments: np.ndarray) -> Starts:
-    """Starts at moments [S] of an episode with latents [T+1,Z] and actions [T,A]."""
-    everything = (part.expand(len(moments), -1, -1) for part in (means[:-1], actions))
-    state = memory.warm_up(*everything, torch.from_numpy(moments))
-    return Starts.of(means[moments], state)
+def dream_on(memory: MDNRNN, means: Tensor, actions: Tensor, now: int, game: str) -> Tensor:
+    """Dreams [FUTURES,T-now,Z] from a moment of an episode with latents [>=T,Z], actions [T,A]."""
+    state = memory.warm_up(means[None, : len(actions)], actions[None], torch.tensor([now]))
+    one = Starts.of(means[now][None], state)
+    copies = Starts(*(part.repeat_interleave(FUTURES, 0) for part in one))
+    along = actions[now:].expand(FUTURES, -1, -1)
+    return dream_along(memory, copies, along, game, temperature=1.0)
 
 
 def liveliest_step(latents: np.ndarray) -> int:
@@ -121,7 +117,7 @@ def prediction_error(
     game: str,
     horizon: int,
 ) -> dict[str, np.ndarray]:
-    """Root mean squared error of latents [horizon], of M left alone and of a frozen picture.
+    """Root mean squared error of latents [horizon], of a frozen picture and of M left alone.
 
     Over up to 64 episodes of at least WARM_UP + horizon steps; empty when there is none.
     """
@@ -134,12 +130,16 @@ def prediction_error(
     actions = np.stack([store[e].actions[: WARM_UP + horizon] for e in long_enough])
     actions = torch.from_numpy(actions)
     starts = warm_start(memory, real[:, : WARM_UP + 1], actions[:, :WARM_UP])
-    dreamt = dream_along(memory, starts, actions[:, WARM_UP:], game, temperature=0.1)
     truth = real[:, WARM_UP + 1 :]
-    return {
-        "M, left alone (τ = 0.1)": _rmse(dreamt - truth),
-        "nothing changes": _rmse(real[:, WARM_UP : WARM_UP + 1] - truth),
-    }
+    errors = {"nothing changes": _rmse(real[:, WARM_UP : WARM_UP + 1] - truth)}
+    for temperature in TEMPERATURES:
+        dreamt = dream_along(memory, starts, actions[:, WARM_UP:], game, temperature)
+        errors[left_alone(temperature)] = _rmse(dreamt - truth)
+    return errors
+
+
+def left_alone(temperature: float) -> str:
+    return f"M, left alone, τ = {temperature}"
 
 
 def _rmse(error: Tensor) -> np.ndarray:

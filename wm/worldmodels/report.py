@@ -43,7 +43,7 @@ PUBLISHED = {
 PICTURES = {
     "reconstructions.png": "What V keeps of a frame",
     "traversals.png": "What the most active latents mean",
-    "futures.png": "Where M sees ways part: the game, and five dreams with the same actions",
+    "futures.png": "Where ways part: the game, and five dreams with the same actions",
     "prediction_error.png": "How long M can be left alone",
     "evolution.png": "How C learnt: returns in its dreams, and in the real game",
     "filmstrip.png": "A held-out episode: real, seen, and dreamt from the same frame and actions",

@@ -221,7 +221,7 @@ def draw_memory(
     errors = pictures.prediction_error(memory, store, latents, validation, game, ERROR_HORIZON)
     if errors:
         run.log_file(pictures.prediction_error_curve(errors, folder / "prediction_error.png"))
-        for step, error in enumerate(errors["M, left alone (τ = 0.1)"], start=1):
+        for step, error in enumerate(errors[pictures.left_alone(0.1)], start=1):
             run.log_metrics({"memory/error_by_horizon": float(error)}, step)
 
 
