@@ -20,7 +20,7 @@ from gymnasium.vector import VectorWrapper
 from wm import WMError
 from wm.config import one_line
 from wm.envs import FRAME
-from wm.files import cannot_write, read_array, read_json, sha256
+from wm.files import cannot_write, check_kinds, read_array, read_json, sha256
 
 ARRAYS = ("frames", "actions", "rewards")
 VALIDATION_EVERY = 10  # every tenth episode is for validation
@@ -149,11 +149,15 @@ class Shard:
         return all(self.sha256.get(name) == sha256(self.folder / name) for name in names)
 
 
+ENTRY_KINDS = {
+    **dict.fromkeys(("seed", "steps"), int),
+    **dict.fromkeys(("terminated", "truncated"), bool),
+    "episode_return": int | float,
+}
+
+
 def _checked(entry: EpisodeIndex) -> EpisodeIndex:
-    kinds = {"seed": int, "steps": int, "episode_return": (int, float)}
-    for name, kind in {**kinds, "terminated": bool, "truncated": bool}.items():
-        if not isinstance(getattr(entry, name), kind):
-            raise ValueError(f"{name} is {getattr(entry, name)!r:.50}")
+    check_kinds(vars(entry), ENTRY_KINDS)
     if entry.steps < 1 or not math.isfinite(entry.episode_return):
         raise ValueError(f"an episode of {entry.steps} steps, {entry.episode_return} reward")
     return entry

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,17 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def check_kinds(record: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Refuse a record whose fields are of other kinds.
+
+    Raises:
+        KeyError, TypeError: naming the first that is missing or another.
+    """
+    for name, kind in kinds.items():
+        if not isinstance(record[name], kind):
+            raise TypeError(f"{name} is {record[name]!r:.50}")
 
 
 def read_array(path: Path, dtype: type, *shape: int | None) -> np.ndarray:

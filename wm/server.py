@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from wm import WMError
 from wm.config import flat, one_line
-from wm.files import read_json, write_atomically
+from wm.files import check_kinds, read_json, write_atomically
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # it announces every table it creates
 
@@ -142,9 +142,7 @@ class RunRecord:
         """
         try:
             record = cls(**read_json(folder / RECORD))
-            for name, kind in RECORD_KINDS.items():
-                if not isinstance(getattr(record, name), kind):
-                    raise TypeError(f"{name} is {getattr(record, name)!r:.50}")
+            check_kinds(vars(record), RECORD_KINDS)
             for path, under in record.artifacts:
                 _ = path + (under or "")  # both are text
         except (OSError, ValueError, TypeError) as error:

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from wm import WMError
 from wm.config import one_line
-from wm.files import inside, read_json, sha256, write_atomically
+from wm.files import check_kinds, inside, read_json, sha256, write_atomically
 from wm.ranks import is_led, leads, led
 
 DONE = "DONE.json"
@@ -108,9 +108,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """
     try:
         manifest = read_json(folder / DONE)
-        for name, kind in MANIFEST.items():
-            if not isinstance(manifest[name], kind):
-                raise TypeError(f"{name} is {manifest[name]!r:.50}")
+        check_kinds(manifest, MANIFEST)
         if not all(isinstance(fact, int | float) for fact in manifest["facts"].values()):
             raise TypeError("a fact is no number")
         for entry in manifest["files"].values():
