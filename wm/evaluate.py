@@ -68,12 +68,11 @@ def score(returns: Sequence[float]) -> Score:
 def score_of_seeds(returns: Sequence[Sequence[float]]) -> Score:
     """The score of several trainings [S,E]: their mean, and the deviation over all episodes.
 
-    All trainings have played the same E held-out games, in the same order (of dreams, which differ
-    between trainings, the interval is a little too wide). So a resample draws S
+    All trainings have played the same E held-out games, in the same order. So a resample draws S
     trainings, and E games that all of them play (the pigeonhole bootstrap, Owen 2007): what is
-    easy in a game is easy for every training, and does not average out. It is too narrow for few
-    seeds, as that of any percentile bootstrap: three drawn from three vary by two thirds of their
-    true variance.
+    easy in a game is easy for every training, and does not average out. Of dreams, which trainings
+    do not share, it is a little too wide; for few seeds too narrow, as that of any percentile
+    bootstrap: three drawn from three vary by two thirds of their true variance.
     """
     values = np.asarray(returns, dtype=float)
     generator = np.random.default_rng(0)

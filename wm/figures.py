@@ -146,12 +146,12 @@ def _panel(
 ) -> None:
     """Series over labels: from left to right, or below each other where these are names."""
     along, across = (axis.yaxis, axis.xaxis) if names else (axis.xaxis, axis.yaxis)
-    set_scale = (axis.set_xscale, axis.set_yscale) if names else (axis.set_yscale, axis.set_xscale)
+    set_scale = axis.set_xscale if names else axis.set_yscale
     values = np.concatenate([its.y for its in series.values()])
     if wide(values):
-        set_scale[0]("log")
+        set_scale("log")
     if wide(places) and not names:
-        set_scale[1]("log")
+        axis.set_xscale("log")
     for number, (name, its) in enumerate(series.items()):
         _draw(axis, _aside(places, number, names), its, name, f"C{number}", names)
     if np.nanmax(np.abs(values), initial=0) >= 1e4:

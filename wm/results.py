@@ -28,7 +28,6 @@ TITLES = {  # of a figure's panels
     "vision/active_latents": "active latents",
     "memory/val_nll": "M's NLL of a latent, nats",
     "memory/error_by_horizon": "M's error, left alone for 25 steps",
-    "collect/steps": "collected steps of the game",
     "cost/real_steps": "steps of the game",
     "cost/seconds": "seconds of all stages",
 }
@@ -220,7 +219,7 @@ def shown(score: Score | None) -> str:
 def draw(grid: Grid, rows: Sequence[Row]) -> figures.Figure:
     """A panel for each metric over the last axis, a colour for each combination of the others.
 
-    What the random policy scores is drawn beside the agents' scores, without a panel of its own.
+    What the random policy scores is drawn beside the agents' scores, or else has its own panel.
     """
     *others, last = grid.axes
     labels = list(dict.fromkeys(row.cell.values[last] for row in rows))
@@ -228,7 +227,8 @@ def draw(grid: Grid, rows: Sequence[Row]) -> figures.Figure:
     for row in rows:
         name = ", ".join(row.cell.values[axis] for axis in others if several(rows, axis))
         series.setdefault(name, {})[row.cell.values[last]] = row
-    titles = {metric: TITLES.get(metric, metric) for metric in grid.metrics if metric != RANDOM}
+    drawn = [metric for metric in grid.metrics if metric != RANDOM or SCORE not in grid.metrics]
+    titles = {metric: TITLES.get(metric, metric) for metric in drawn}
     panels = {
         title: {
             name: series_of(grid, metric, [at[label] for label in labels])
@@ -258,10 +258,10 @@ def series_of(grid: Grid, metric: str, rows: Sequence[Row]) -> figures.Series:
     )
     random = [_part(row.scores[RANDOM], "mean") if metric == SCORE else np.nan for row in rows]
     by_seed = [[t.fact(metric) if t.finished else None for t in row.trials] for row in rows]
-    said = [published(grid, row.cell, metric) for row in rows]
+    by_cell = [published(grid, row.cell, metric) for row in rows]
     authors = {
-        author: np.array([first_number(by.get(author, "")) for by in said])
-        for author in dict.fromkeys(author for by in said for author in by)
+        author: np.array([first_number(by.get(author, "")) for by in by_cell])
+        for author in dict.fromkeys(author for by in by_cell for author in by)
     }
     return figures.Series(y, low, high, np.array(by_seed, float), authors, np.array(random))
 
