@@ -221,6 +221,15 @@ def test_a_removed_checkpoint_takes_its_hash_along(tmp_path):
     assert os.listdir(tmp_path / "deep") == []
 
 
+def test_saving_clears_what_a_killed_save_left_and_nothing_else(tmp_path):
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    for name in (".step=1.ckpt.0123abcd", ".run.json"):
+        (folder / name).write_text("{}")
+    SafeCheckpointIO().save_checkpoint({}, folder / "step=2.ckpt")
+    assert sorted(os.listdir(folder)) == [".run.json", "step=2.ckpt", "step=2.sha256"]
+
+
 def test_noise_depends_on_seed_and_step_alone():
     def draw(seed, step):
         return step_noise(seed, step, [3], torch.device("cpu")).tolist()

@@ -243,7 +243,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None):
         path, data = Path(path), io.BytesIO()
         path.parent.mkdir(parents=True, exist_ok=True)
-        for partial in path.parent.glob(".*"):  # of a process killed amid this
+        for partial in path.parent.glob(f".*{path.suffix}.*"):  # of a process killed amid this
             partial.unlink()
         torch.save(checkpoint, data)
         write_atomically(path, data.getvalue())
