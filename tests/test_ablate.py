@@ -198,6 +198,15 @@ def test_what_words_ask_for_leaves_the_results_of_the_file_alone(grid, runs):
     assert len(names) == 1 and names[0] != f"{grid.name}-smoke"
 
 
+def test_a_word_chooses_a_point_that_the_scale_leaves_out(grid, own_folder, capsys):
+    small = "{base: {memory.mixtures: 4}, axes: {vision.beta: [0.1]}}"
+    text = GRID.replace("{base: {memory.mixtures: 4}}", small)
+    (own_folder / f"{grid.name}.yaml").write_text(text)
+    grid("--dry-run", "seeds=[0]", "vision.beta=1")
+    output = capsys.readouterr().out
+    assert "beta 1, temperature 1.0, seed 0" in output and "beta 0.1" not in output
+
+
 def test_a_metric_that_nothing_has_measured_is_named(grid, own_folder, capsys):
     file = own_folder / f"{grid.name}.yaml"
     file.write_text(GRID.replace("eval/mean]", "eval/maen]"))
@@ -317,7 +326,7 @@ def test_small_numbers_are_shown_with_more_decimals(mean, text):
         (["a.yaml", "b.yaml"], "name one grid"),
         (["none.yaml"], "cannot read"),
         (["g.yaml", "seed=1"], r"seeds=\[0,1,2\]"),
-        (["g.yaml", "vision.beta=1"], "set by an axis"),
+        (["g.yaml", "vision.beta=7"], r"axis vision.beta has no point 7: 0\.1, 1"),
         (["g.yaml", "vision.latents=1"], "unknown key 'vision.latents'"),
         (["g.yaml", "jobs=many"], "jobs"),
         (["g.yaml", "jbos=2"], "'jbos'; did you mean 'jobs'"),

@@ -1,5 +1,6 @@
 """Grid files: what their axes come to, which words win, and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 import wm
 from wm.ablate import ablate
 from wm.config import ConfigError, load
-from wm.grid import at_scale, base_words, cells, matches, published, read_grid
+from wm.grid import at_scale, base_words, cells, choose, matches, published, read_grid
 from wm.worldmodels import pipeline
 from wm.worldmodels.pipeline import Config, stages
 
@@ -69,8 +70,19 @@ def test_a_value_may_depend_on_the_game_of_the_base(grid):
 def test_words_win_over_the_base_and_not_over_an_axis(grid):
     assert cells(grid(), ["vision.latent=5"])[0].words[:2] == ("env=tiny", "vision.latent=5")
     assert base_words(grid(), ["vision.latent=5"]) == ["env=tiny", "vision.latent=5"]
-    with pytest.raises(ConfigError, match=r"memory\.mixtures is set by an axis of sizes"):
-        cells(grid(), ["memory.mixtures=5"])
+    with pytest.raises(ConfigError, match=r"memory\.moves is set by an axis of sizes"):
+        cells(grid(), ["memory.moves=true"])
+
+
+def test_a_word_chooses_points_of_an_axis(grid):
+    whole = grid()
+    chosen = choose(whole.axes, ["memory.mixtures=[many,1]", "data=much"])
+    alone = cells(replace(whole, axes=whole.axes | chosen))
+    assert [cell.name for cell in alone] == ["mixtures many, much", "mixtures 1, much"]
+    by_name = {cell.name: cell.words for cell in cells(whole)}
+    assert all(by_name[cell.name] == cell.words for cell in alone)  # the same cells
+    with pytest.raises(ConfigError, match="axis data has no point none: little, much"):
+        choose(whole.axes, ["data=none"])
 
 
 def test_a_scale_changes_what_it_names_and_nothing_else(grid):

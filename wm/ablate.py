@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from wm import WMError
 from wm.config import ConfigError, bounded, dotlist, load, merge, plain
-from wm.grid import Grid, at_scale, base_words, cells, read_grid
+from wm.grid import Grid, at_scale, base_words, cells, choose, read_grid
 from wm.ranks import gather
 from wm.results import write_results
 from wm.schedule import Pipeline, Task, last_lines, missing_tasks, run_tasks
@@ -123,8 +123,11 @@ def make_plan(family: Family, words: Sequence[str]) -> Plan:
         if near := difflib.get_close_matches(key, names, n=1, cutoff=0.7):
             raise ConfigError(f"unknown key '{key}'; did you mean '{near[0]}'?")
     options = merge(Options, dotlist(chosen))
-    grid, source = read_grid(Path(files[0])), Path(files[0])
-    grid = at_scale(grid, load(family.Config, base_words(grid, others)).scale)
+    source, whole = Path(files[0]), read_grid(Path(files[0]))
+    points = [word for word in others if word.partition("=")[0] in whole.axes]
+    others = [word for word in others if word not in points]
+    grid = at_scale(whole, load(family.Config, base_words(whole, others)).scale)
+    grid = replace(grid, axes=grid.axes | choose(whole.axes, points))
     base = load(family.Config, base_words(grid, others))
     require_accelerator(base.trainer.accelerator)
     gather(1, 1)  # its processes are its own: ranks that others have started would do the same
@@ -137,7 +140,7 @@ def make_plan(family: Family, words: Sequence[str]) -> Plan:
     command = f"wm ablate {shlex.join(words)}"
     trials = make_trials(family, grid, others, options.jobs)
     where = ("scale=", "runs=", "trainer.", "jobs=", "publish=")
-    changes = [word for word in (*chosen, *others) if not word.startswith(where)]
+    changes = [word for word in (*chosen, *points, *others) if not word.startswith(where)]
     return Plan(grid, trials, base, options, source, command, changes)
 
 

@@ -25,7 +25,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from wm.config import ConfigError, merge, read_yaml
+from omegaconf import ListConfig
+
+from wm.config import ConfigError, dotlist, merge, read_yaml
 
 HEADINGS = ("# Question: ", "# Published: ")  # of the first two lines
 
@@ -88,6 +90,23 @@ def at_scale(grid: Grid, scale: str) -> Grid:
     changes = merge(Grid, known, grid.at.get(scale, {}))
     axes = grid.axes | changes.axes  # an axis that the scale does not name stays as it is
     return replace(changes, axes=axes, published=grid.published, at={})
+
+
+def choose(axes: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """The axes that words name, with those points alone: `env=carracing`, `vision.beta=[0.1,1]`.
+
+    Raises:
+        ConfigError: if an axis has no such point.
+    """
+    chosen = {}
+    for word in words:
+        axis, _, text = word.partition("=")
+        points, value = dict(_points(axis, axes[axis])), dotlist([f"value={text}"]).value
+        names = [str(name) for name in (value if isinstance(value, ListConfig) else [value])]
+        if unknown := [name for name in names if name not in points]:
+            raise ConfigError(f"axis {axis} has no point {unknown[0]}: {', '.join(points)}")
+        chosen[axis] = {name: points[name] for name in names}
+    return chosen
 
 
 def cells(grid: Grid, words: Sequence[str] = ()) -> list[Cell]:
