@@ -308,7 +308,7 @@ class Silence(AbstractContextManager):
     def log_metrics(self, *args: Any) -> None:
         """The leader's are the same."""
 
-    summarise = log_metrics
+    summarise = log_file = log_folder = log_metrics
 
     def __exit__(self, *failure: Any) -> None:
         """There is nothing to end."""

@@ -24,6 +24,7 @@ from wm.envs import (
 )
 from wm.episodes import EpisodeStore
 from wm.evaluate import EvaluateConfig, read_outcomes, write_outcomes
+from wm.tracking import Silence
 from wm.training import TrainerConfig
 from wm.workers import RandomPlayer, Workers, play
 from wm.worldmodels import work
@@ -87,19 +88,20 @@ def test_the_agent_with_the_best_mean_on_validation_seeds_is_kept(
         replace(agent, weights=factor * agent.weights).save(rounds[role] / "agent")
         seeds = validation_seeds(8)[2:]
         expected[role] = play(env, AgentPlayer(rounds[role] / "agent"), seeds)
-    choose = partial(choose_round, folder, rounds, silent, TrainerConfig(workers=1))
+    here, given = TrainerConfig(workers=1), {"env": env, "before": 2, "episodes": 6}
     if how == "two ranks":
         as_rank(1, 2)
-        assert choose(env=env, before=2, episodes=6) == {}
+        assert choose_round(folder, rounds, Silence(), here, **given) == {}
         as_rank(0, 2)
+    choose = partial(choose_round, folder, rounds, silent, here, **given)
     if how == "stopped":  # after the first round, whose episodes are not played again
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(silent, "log_file", Mock(side_effect=KeyboardInterrupt), raising=False)
-            choose(env=env, before=2, episodes=6)
+            choose()
         (folder / "controller-1").mkdir()
         write_outcomes(folder / "controller-1" / "episodes.csv", expected["controller-1"])
         monkeypatch.setattr(Workers, "play", Mock(side_effect=AssertionError))
-    facts = choose(env=env, before=2, episodes=6)
+    facts = choose()
     means = {role: mean_return(outcomes) for role, outcomes in expected.items()}
     assert abs(means["controller-0"] - means["controller-1"]) > 0.1
     assert {role: facts[f"choice/{role}"] for role in rounds} == pytest.approx(means)
