@@ -1,4 +1,4 @@
-"""World Models: a VAE sees a game, a mixture-density LSTM dreams it, a controller evolves inside.
+"""World Models: a VAE sees a game, a mixture-density LSTM dreams it, a controller learns inside.
 
 Importing this package registers the dreams with Gymnasium (by name only, nothing heavy is loaded):
 `gym.make("wm/CarRacingDream-v0", run=...)` and `gym.make("wm/TakeCoverDream-v0", run=...)`.

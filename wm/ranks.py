@@ -1,8 +1,8 @@
 """Ranks: the processes that do one command together, on one machine or on many.
 
-torchrun or srun starts them, and all run the same command. Rank 0 leads: it alone writes, speaks
-and talks to MLflow; the others do their share of what is played, trained and evolved. All see the
-same runs folder.
+torchrun or srun starts them, and all run the same command. Rank 0 leads: it alone ends
+stages, speaks and talks to MLflow; the others do their share of what is played (and write these
+episodes), trained and evolved. All see the same runs folder.
 """
 
 import os

@@ -25,7 +25,7 @@ from wm.processes import end_with_parent
 from wm.stages import DONE, Stage, read_manifest
 
 CONTEXT = multiprocessing.get_context("spawn")
-START = 8.0  # seconds that a process takes to begin, as README says
+START = 8.0  # seconds that a process takes to begin (7.6 in README)
 SECONDS_TO_END = 60.0  # seconds that a stage has to write its checkpoint when all are stopped
 
 RunStage = Callable[[str, Sequence[str]], None]  # (label, words) -> the stage is done

@@ -47,7 +47,7 @@ class DreamEnv(VectorEnv):
     It runs on the device that M is on.
 
     Args:
-        config: features, temperature, horizon, start and end of the dream.
+        config: features, temperature, horizon, end, noise of actions and precision of the dream.
         vision: for render() only.
         repeat: steps of the game in one of the dream; each pays 1 where M has no reward head.
         compiled: fuse the step on a CPU, which takes seconds at first and pays off for many dreams.
