@@ -24,7 +24,9 @@ from wm.ablate import ablate, time_left
 from wm.config import ConfigError, load
 from wm.evaluate import Score, score_of_seeds
 from wm.grid import Grid, cells
+from wm.schedule import Pipeline
 from wm.stages import Stage, run_stage
+from wm.trials import Trial, together
 from wm.worldmodels.pipeline import Config
 
 GRID = """# Question: which is best?
@@ -170,6 +172,23 @@ def test_a_grid_shares_stages_and_ends_in_a_table_a_figure_and_runs(grid, runs):
     assert child.data.metrics == pytest.approx(expected)
 
 
+def test_a_trial_is_finished_when_all_its_stages_are():
+    lost, report = SimpleNamespace(done=False), SimpleNamespace(done=True)
+    cell, *_ = cells(Grid(axes={"rounds": [1]}))
+    assert not Trial(cell, 0, 2, Pipeline((), (lost, report))).finished
+    assert Trial(cell, 0, 2, Pipeline((), (report, report))).finished
+
+
+def test_what_does_not_depend_on_the_seed_counts_once(tmp_path):
+    (tmp_path / "episodes.csv").write_text("seed,return,steps,terminated\n1,2,3,1\n2,4,3,1\n")
+    random = SimpleNamespace(
+        done=True, folder=tmp_path, record={"facts": {"random/mean": 3.0}}, fingerprint="f"
+    )
+    cell, *_ = cells(Grid(axes={"rounds": [1]}))
+    trials = [Trial(cell, seed, 2, Pipeline((), (random,))) for seed in range(3)]
+    assert together(trials, "random/mean") == score_of_seeds([[2.0, 4.0]])
+
+
 def test_a_failed_cell_is_named_and_the_others_finish(grid, runs, own_folder, capsys):
     (own_folder / "broken").touch()
     with pytest.raises(WMError, match="2 stages failed"):
@@ -239,10 +258,22 @@ def test_a_dry_run_says_what_is_done_and_does_nothing(grid, runs, capsys):
 
 
 def test_stages_of_unknown_time_are_not_passed_over():
-    tasks = [SimpleNamespace(seconds=seconds) for seconds in (90, 0, 30)]
+    free = SimpleNamespace(inputs={})
+    tasks = [SimpleNamespace(seconds=seconds, stage=free) for seconds in (60, 0, 60)]
     said = [time_left(dict(enumerate(some)), 2) for some in (tasks, tasks[::2], tasks[1:2], [])]
     nobody = "nobody knows how long it takes"
     assert said == ["at least 1 min left", "about 1 min left", nobody, "about 0 min left"]
+
+
+def test_stages_that_need_one_another_are_not_done_side_by_side():
+    made = []
+    for number, needed in enumerate([[], [0], [], [1, 2]]):
+        inputs = {str(n): made[n].stage for n in needed}
+        stage = SimpleNamespace(fingerprint=number, inputs=inputs)
+        made.append(SimpleNamespace(seconds=60, stage=stage))
+    assert time_left(dict(enumerate(made)), 2) == "about 3 min left"  # 0, 1 and 3
+    assert time_left(dict(enumerate(made)), 1) == "about 4 min left"
+    assert time_left({1: made[1], 3: made[3]}, 8) == "about 2 min left"
 
 
 def test_what_is_published_is_copied_beside_the_grid(grid, own_folder):
@@ -255,7 +286,7 @@ def test_what_is_published_is_copied_beside_the_grid(grid, own_folder):
 
 def test_the_random_policy_stands_beside_the_scores_of_the_game_alone():
     score, trial = Score(229.2, 1.0, 200.0, 250.0), SimpleNamespace(finished=False)
-    cell, *_ = cells(Grid(axes={"seed": [0]}))
+    cell, *_ = cells(Grid(axes={"rounds": [1]}))
     rows = [
         SimpleNamespace(cell=cell, trials=[trial], scores=dict.fromkeys(METRICS, known))
         for known in (score, None)
@@ -267,21 +298,23 @@ def test_the_random_policy_stands_beside_the_scores_of_the_game_alone():
 
 def test_a_table_says_what_the_names_of_its_cells_do_not():
     axes = {"vision.beta": [1, 2], "recipe": {"old": {"rounds": 3}, "new": {"memory.steps": 7}}}
-    grid = Grid(base={"env": "tiny", "rounds": 2, "seed": 1}, axes=axes)
-    rows = [SimpleNamespace(cell=cell) for cell in cells(grid, ["trainer.workers=1", "seed=2"])]
+    grid = Grid(base={"env": "tiny", "rounds": 2, "vision.steps": 1}, axes=axes)
+    words = ["trainer.workers=1", "vision.steps=2"]
+    rows = [SimpleNamespace(cell=cell) for cell in cells(grid, words)]
     head, *lines = results.settings(rows).splitlines()
-    assert head == "In every cell: `env=tiny seed=2`."
+    assert head == "In every cell: `env=tiny vision.steps=2`."
     assert lines[:2] == ["- beta 1, old: `rounds=3`", "- beta 1, new: `rounds=2 memory.steps=7`"]
     alone = results.settings(rows[:1])
-    assert alone == "In every cell: `env=tiny rounds=3 seed=2 vision.beta=1`."
+    assert alone == "In every cell: `env=tiny rounds=3 vision.steps=2 vision.beta=1`."
 
 
 def test_cells_with_one_picture_share_it_under_what_they_have_in_common():
     made = cells(Grid(axes={"vision.beta": [1, 2], "x": {"a": {}, "b": {}}}))
-    assert results.in_common(made[:1]) == "beta 1, a"
-    assert results.in_common(made[:2]) == "beta 1"
-    assert results.in_common(made[::2]) == "a"
-    assert results.in_common(made) == "every cell"
+    assert results.in_common(made[:1], made) == "beta 1, a"
+    assert results.in_common(made[:2], made) == "beta 1"
+    assert results.in_common(made[::2], made) == "a"
+    assert results.in_common(made, made) == "every cell"
+    assert results.in_common(made[1:], made) == "beta 1, b; beta 2, a; beta 2, b"
 
 
 def test_cells_are_told_apart_by_the_games_and_seeds_that_both_have():
@@ -325,8 +358,8 @@ def test_small_numbers_are_shown_with_more_decimals(mean, text):
         ([], "name one grid"),
         (["a.yaml", "b.yaml"], "name one grid"),
         (["none.yaml"], "cannot read"),
-        (["g.yaml", "seed=1"], r"seeds=\[0,1,2\]"),
-        (["g.yaml", "vision.beta=7"], r"axis vision.beta has no point 7: 0\.1, 1"),
+        (["g.yaml", "seed=1"], "unknown key 'seed'; did you mean 'seeds'"),
+        (["g.yaml", "vision.beta=7"], r"axis vision.beta has no point 7, but 0\.1, 1"),
         (["g.yaml", "vision.latents=1"], "unknown key 'vision.latents'"),
         (["g.yaml", "jobs=many"], "jobs"),
         (["g.yaml", "jbos=2"], "'jbos'; did you mean 'jobs'"),

@@ -1,6 +1,5 @@
 """Grid files: what their axes come to, which words win, and what is refused."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,16 @@ import pytest
 import wm
 from wm.ablate import ablate
 from wm.config import ConfigError, load
-from wm.grid import at_scale, base_words, cells, choose, matches, published, read_grid
+from wm.grid import (
+    at_scale,
+    base_words,
+    cells,
+    choose,
+    common_words,
+    matches,
+    published,
+    read_grid,
+)
 from wm.worldmodels import pipeline
 from wm.worldmodels.pipeline import Config, stages
 
@@ -60,10 +68,10 @@ def test_cells_are_the_product_of_the_axes(grid):
 
 
 def test_a_value_may_depend_on_the_game_of_the_base(grid):
-    text = "base: {env: tiny}\naxes: {size: {a: {seed: {tiny: 3, carracing: 4}}}}"
-    assert cells(grid(text))[0].words == ("env=tiny", "seed=3")
-    assert cells(grid(text), ["env=carracing"])[0].words == ("env=carracing", "seed=4")
-    with pytest.raises(ConfigError, match="seed has no value of its own for a, takecover"):
+    text = "base: {env: tiny}\naxes: {size: {a: {rounds: {tiny: 3, carracing: 4}}}}"
+    assert cells(grid(text))[0].words == ("env=tiny", "rounds=3")
+    assert cells(grid(text), ["env=carracing"])[0].words == ("env=carracing", "rounds=4")
+    with pytest.raises(ConfigError, match="rounds has no value of its own for a, takecover"):
         cells(grid(text), ["env=takecover"])
 
 
@@ -76,13 +84,33 @@ def test_words_win_over_the_base_and_not_over_an_axis(grid):
 
 def test_a_word_chooses_points_of_an_axis(grid):
     whole = grid()
-    chosen = choose(whole.axes, ["memory.mixtures=[many,1]", "data=much"])
-    alone = cells(replace(whole, axes=whole.axes | chosen))
+    alone = cells(choose(whole, whole, ["memory.mixtures=[many,1.0]", "data=much"]))
     assert [cell.name for cell in alone] == ["mixtures many, much", "mixtures 1, much"]
     by_name = {cell.name: cell.words for cell in cells(whole)}
     assert all(by_name[cell.name] == cell.words for cell in alone)  # the same cells
-    with pytest.raises(ConfigError, match="axis data has no point none: little, much"):
-        choose(whole.axes, ["data=none"])
+    for text in ("none", "[]", "[much,none]"):
+        with pytest.raises(ConfigError, match=r"axis data has no point .*, but little, much"):
+            choose(whole, whole, [f"data={text}"])
+
+
+def test_a_chosen_point_is_that_of_the_scale_if_it_has_one(grid):
+    small = "at: {smoke: {axes: {data: {little: {collect.episodes: 1}}}}}"
+    whole = grid(FULL[: FULL.rindex("at:")] + small)
+    chosen = choose(at_scale(whole, "smoke"), whole, ["data=[little,much]", "memory.mixtures=1"])
+    little, much = cells(chosen)
+    assert "collect.episodes=1" in little.words and "collect.episodes=8" in much.words
+
+
+def test_the_words_of_all_cells_are_common(grid):
+    assert common_words(grid(), ["rounds=2"]) == ["env=tiny", "vision.latent=4", "rounds=2"]
+    alone = choose(grid(), grid(), ["memory.mixtures=2"])
+    assert common_words(alone, [])[-1] == "memory.mixtures=2"
+
+
+def test_a_cells_game_is_that_of_its_axis(grid):
+    text = "base: {env: tiny}\naxes: {game: {T: {}, C: {env: carracing}}, size: {a: {rounds: "
+    first, second = cells(grid(text + "{tiny: 3, carracing: 4}}}}"))
+    assert first.words[-1] == "rounds=3" and second.words[-1] == "rounds=4"
 
 
 def test_a_scale_changes_what_it_names_and_nothing_else(grid):
@@ -108,16 +136,20 @@ def test_published_numbers_stand_beside_the_cells_that_they_name(grid):
 @pytest.mark.parametrize(
     "text, head, says",
     [
-        ("axis: {seed: [1]}", HEAD, "unknown key 'axis'; did you mean 'axes'"),
-        ("axes: {seed: [1]}\nseeds: [a]", HEAD, "seeds"),
+        ("axis: {rounds: [1]}", HEAD, "unknown key 'axis'; did you mean 'axes'"),
+        ("axes: {rounds: [1]}\nseeds: [a]", HEAD, "seeds"),
         ("", HEAD, "no axes"),
-        ("axes: {seed: [1]}", "# Question: does it?\n", "must begin with a line '# Published: "),
-        ("axes: {seed: [1]}", "", "must begin with a line '# Question: "),
-        ("axes: {seed: [1", HEAD, "cannot read"),
-        ("axes: {seed: 1}", HEAD, "axis seed"),
+        ("axes: {rounds: [1]}", "# Question: does it?\n", "must begin with a line '# Published: "),
+        ("axes: {rounds: [1]}", "", "must begin with a line '# Question: "),
+        ("axes: {rounds: [1", HEAD, "cannot read"),
+        ("axes: {rounds: 1}", HEAD, "axis rounds"),
         ("axes: {size: {a: 5}}", HEAD, "point 'a' of axis size sets no keys: 5"),
         ("env: {name: tiny}", HEAD, "sizes.yaml is no grid: unknown key 'env"),
-        ("axes: {seed: [1]}\nbase: {seed: {a: 1}}", HEAD, "may stand on an axis only"),
+        ("axes: {rounds: [1]}\nbase: {rounds: {a: 1}}", HEAD, "may stand on an axis only"),
+        ("axes: {rounds: []}", HEAD, "no axes, or one without points"),
+        ("axes: {rounds: [1]}\nseeds: []", HEAD, "no seeds"),
+        ("axes: {seed: [1, 2]}", HEAD, "seeds of a grid are chosen together"),
+        ("axes: {rounds: [1]}\nbase: {seed: 1}", HEAD, "seeds of a grid are chosen together"),
     ],
 )
 def test_a_wrong_file_is_refused_with_what_is_wrong(text, head, says, grid):

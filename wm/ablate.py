@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from wm import WMError
 from wm.config import ConfigError, bounded, dotlist, load, merge, plain
-from wm.grid import Grid, at_scale, base_words, cells, choose, read_grid
+from wm.grid import Grid, at_scale, cells, choose, common_words, read_grid
 from wm.ranks import gather
-from wm.results import write_results
+from wm.results import PICTURES, write_results
 from wm.schedule import Pipeline, Task, last_lines, missing_tasks, run_tasks
 from wm.stages import Stage
 from wm.tracking import Tracker, ui_command
@@ -56,7 +56,7 @@ class Plan:
 
     grid: Grid
     trials: list[Trial]
-    config: Any  # of the base alone
+    config: Any  # what all cells have in common
     options: Options
     source: Path  # the grid's file
     command: str
@@ -93,7 +93,8 @@ def ablate(family: Family, words: Sequence[str]) -> None:
     print(f"{plan.grid.name}: {pipelines} pipelines, {len(tasks)} stages; {time_left(tasks, jobs)}")
     with open_tracker(plan) as tracker:
         failed = run_all(plan, tasks, family.run_labelled, tracker)
-        for path in write_results(plan.grid, plan.trials, plan.command, plan.folder):
+        files = write_results(plan.grid, plan.trials, plan.command, plan.folder)
+        for path in files:
             tracker.log_file(path)
         print(f"\n{(plan.folder / 'table.md').read_text()}\ntable, figure: {plan.folder}")
         print(f"runs: {ui_command(Path(plan.config.runs))}")
@@ -102,7 +103,7 @@ def ablate(family: Family, words: Sequence[str]) -> None:
         if failed:
             raise WMError(f"{failed} stages failed, see above; the same command tries them again")
     if plan.options.publish:
-        publish(plan)
+        publish(files, plan.source.with_suffix(""))
 
 
 def make_plan(family: Family, words: Sequence[str]) -> Plan:
@@ -114,21 +115,19 @@ def make_plan(family: Family, words: Sequence[str]) -> Plan:
     names = {option.name for option in dataclasses.fields(Options)}
     files = [word for word in words if "=" not in word]
     chosen = [word for word in words if word.partition("=")[0] in names]
-    others = [word for word in words if word not in (*files, *chosen)]
     if len(files) != 1:
         raise ConfigError("name one grid, for instance ablations/temperature.yaml")
-    if any(word.startswith("seed=") for word in others):
-        raise ConfigError("the seeds of a grid are chosen together: seeds=[0,1,2]")
+    source, whole = Path(files[0]), read_grid(Path(files[0]))
+    points = [word for word in words if word.partition("=")[0] in whole.axes]
+    others = [word for word in words if word not in (*files, *chosen, *points)]
     for key in (word.partition("=")[0] for word in others):
         if near := difflib.get_close_matches(key, names, n=1, cutoff=0.7):
             raise ConfigError(f"unknown key '{key}'; did you mean '{near[0]}'?")
     options = merge(Options, dotlist(chosen))
-    source, whole = Path(files[0]), read_grid(Path(files[0]))
-    points = [word for word in others if word.partition("=")[0] in whole.axes]
-    others = [word for word in others if word not in points]
-    grid = at_scale(whole, load(family.Config, base_words(whole, others)).scale)
-    grid = replace(grid, axes=grid.axes | choose(whole.axes, points))
-    base = load(family.Config, base_words(grid, others))
+    known = choose(whole, whole, points)
+    scale = load(family.Config, common_words(known, others)).scale
+    grid = choose(at_scale(whole, scale), whole, points)
+    base = load(family.Config, common_words(grid, others))
     require_accelerator(base.trainer.accelerator)
     gather(1, 1)  # its processes are its own: ranks that others have started would do the same
     grid = replace(grid, seeds=list(dict.fromkeys(options.seeds or grid.seeds)))
@@ -174,8 +173,9 @@ def run_all(
 ) -> int:
     """Do all tasks and show every trial as it ends; how many tasks failed."""
     metrics, left, failed = plan.grid.metrics, dict(tasks), 0
+    unfinished = [trial for trial in plan.trials if not trial.finished]
     for trial in plan.trials:
-        if trial.last.fingerprint not in tasks:
+        if trial not in unfinished:
             trial.track(tracker, metrics)
     running = closing(run_tasks(tasks, run_stage, plan.options.jobs))
     with tqdm(total=len(tasks), desc=plan.grid.name, unit="stage") as progress, running as results:
@@ -186,14 +186,13 @@ def run_all(
             if not done:
                 failed += 1
                 tqdm.write(f"{task.command}\nfailed; {task.log} ends\n{last_lines(task.log)}")
-            for trial in plan.trials:
-                if done and trial.last.fingerprint == task.stage.fingerprint:
-                    trial.track(tracker, metrics)
-                    tqdm.write(trial.line(metrics))
-    for trial in plan.trials:
-        if not trial.finished:
-            trial.track(tracker, [])
-            print(f"{trial.name}: not finished")
+            for trial in [trial for trial in unfinished if trial.finished]:
+                unfinished.remove(trial)
+                trial.track(tracker, metrics)
+                tqdm.write(trial.line(metrics))
+    for trial in unfinished:
+        trial.track(tracker, [])
+        print(f"{trial.name}: not finished")
     return failed
 
 
@@ -213,19 +212,26 @@ def print_plan(plan: Plan, tasks: Mapping[str, Task]) -> None:
 
 
 def time_left(tasks: Mapping[str, Task], jobs: int) -> str:
-    """From finished stages like these, else from the scale's minutes."""
-    seconds = [task.seconds for task in tasks.values()]
-    unknown, minutes = seconds.count(0), math.ceil(sum(seconds) / jobs / 60)
+    """From finished stages like these, else from the scale's minutes.
+
+    tasks: by fingerprint; those that others need come first.
+    """
+    seconds = {fingerprint: task.seconds for fingerprint, task in tasks.items()}
+    unknown = [*seconds.values()].count(0)
     if unknown == len(seconds) > 0:
         return "nobody knows how long it takes"
+    ends: dict[str, float] = {}  # if no stage waited for others than those that it needs
+    for fingerprint, task in tasks.items():
+        before = (ends.get(needed.fingerprint, 0) for needed in task.stage.inputs.values())
+        ends[fingerprint] = seconds[fingerprint] + max(before, default=0)
+    minutes = math.ceil(max(sum(seconds.values()) / jobs, *ends.values(), 0) / 60)
     return f"at least {minutes} min left" if unknown else f"about {minutes} min left"
 
 
-def publish(plan: Plan) -> None:
+def publish(files: Sequence[Path], target: Path) -> None:
     """Copy what is shown to the folder beside the grid's file."""
-    target = plan.source.with_suffix("")
     target.mkdir(exist_ok=True)
-    for path in plan.folder.iterdir():
-        if path.is_file():
-            shutil.copy(path, target / path.name)
+    (target / PICTURES).unlink(missing_ok=True)  # of a grid that had some
+    for path in files:
+        shutil.copy(path, target)
     print(f"published: {target}")

@@ -108,7 +108,9 @@ def panels(
     for metric in alike[1:]:
         (known[metric].sharex if names else known[metric].sharey)(known[alike[0]])
     for metric, axis in known.items():
-        _panel(axis, by_metric[metric], places, labels, names)
+        beside = alike if metric in alike else [metric]
+        wide_values = wide(np.concatenate([_values(by_metric[m]) for m in beside]))
+        _panel(axis, by_metric[metric], places, labels, names, wide_values)
         axis.set(title=metric, xlabel="" if names else axis_label)
     if names:
         axes[0, 0].set_ylim(len(labels) - 0.5, -0.5)  # the first on top
@@ -137,18 +139,29 @@ def _places(labels: Sequence[str]) -> tuple[np.ndarray, bool]:
         return np.arange(len(labels), dtype=float), True
 
 
+def _values(series: Mapping[str, Series]) -> np.ndarray:
+    """All points that are drawn of them."""
+    drawn = [
+        part.ravel()
+        for its in series.values()
+        for part in (its.y, its.seeds, its.random, *its.published.values())
+    ]
+    return np.concatenate(drawn)
+
+
 def _panel(
     axis: Axes,
     series: Mapping[str, Series],
     places: np.ndarray,
     labels: Sequence[str],
     names: bool,
+    wide_values: bool,
 ) -> None:
     """Series over labels: from left to right, or below each other where these are names."""
     along, across = (axis.yaxis, axis.xaxis) if names else (axis.xaxis, axis.yaxis)
     set_scale = axis.set_xscale if names else axis.set_yscale
     values = np.concatenate([its.y for its in series.values()])
-    if wide(values):
+    if wide_values:
         set_scale("log")
     if wide(places) and not names:
         axis.set_xscale("log")

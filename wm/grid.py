@@ -78,8 +78,10 @@ def read_grid(path: Path) -> Grid:
     for line, heading in itertools.zip_longest(lines, HEADINGS, fillvalue=""):
         if not line.startswith(heading):
             raise ConfigError(f"{path} must begin with a line '{heading}...', not '{line}'")
-    if not grid.axes:
-        raise ConfigError(f"{path} has no axes")
+    if not grid.axes or not all(grid.axes.values()):
+        raise ConfigError(f"{path} has no axes, or one without points")
+    if not grid.seeds:
+        raise ConfigError(f"{path} has no seeds")
     texts = (line.removeprefix(head) for line, head in zip(lines, HEADINGS, strict=True))
     return replace(grid, **dict(zip(("question", "answer"), texts, strict=True)), name=path.stem)
 
@@ -92,28 +94,35 @@ def at_scale(grid: Grid, scale: str) -> Grid:
     return replace(changes, axes=axes, published=grid.published, at={})
 
 
-def choose(axes: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """The axes that words name, with those points alone: `env=carracing`, `vision.beta=[0.1,1]`.
+def choose(grid: Grid, whole: Grid, words: Sequence[str]) -> Grid:
+    """The grid with those points of its axes alone that words name.
+
+    Args:
+        grid: at a scale.
+        whole: as its file says it: here are the points that the scale leaves out.
+        words: as `env=carracing` or `vision.beta=[0.1,1]`.
 
     Raises:
         ConfigError: if an axis has no such point.
     """
-    chosen = {}
+    axes = dict(grid.axes)
     for word in words:
         axis, _, text = word.partition("=")
-        points, value = dict(_points(axis, axes[axis])), dotlist([f"value={text}"]).value
-        names = [str(name) for name in (value if isinstance(value, ListConfig) else [value])]
-        if unknown := [name for name in names if name not in points]:
-            raise ConfigError(f"axis {axis} has no point {unknown[0]}: {', '.join(points)}")
-        chosen[axis] = {name: points[name] for name in names}
-    return chosen
+        points = dict(_points(axis, whole.axes[axis])) | dict(_points(axis, grid.axes[axis]))
+        value = dotlist([f"value={text}"]).value
+        wanted = value if isinstance(value, ListConfig) else [value]
+        chosen = [name for want in wanted for name in points if _same(name, want)]
+        if len(chosen) < max(1, len(wanted)):
+            raise ConfigError(f"axis {axis} has no point {text}, but {', '.join(points)}")
+        axes[axis] = {name: points[name] for name in chosen}
+    return replace(grid, axes=axes)
 
 
 def cells(grid: Grid, words: Sequence[str] = ()) -> list[Cell]:
     """All combinations of the axes' values; `words` win over the base, not over the axes.
 
     Raises:
-        ConfigError: if a word sets what an axis does.
+        ConfigError: if a word sets what an axis does, or if the seed is set.
     """
     given = dict(word.split("=", 1) for word in words)
     axes = [_points(axis, values) for axis, values in grid.axes.items()]
@@ -122,8 +131,10 @@ def cells(grid: Grid, words: Sequence[str] = ()) -> list[Cell]:
         settings = {key: value for _, keys in combination for key, value in keys.items()}
         if taken := given.keys() & settings.keys():
             raise ConfigError(f"{min(taken)} is set by an axis of {grid.name}, not by a word")
+        if "seed" in grid.base | given | settings:
+            raise ConfigError("the seeds of a grid are chosen together: seeds=[0,1,2]")
         shown = dict(zip(grid.axes, (label for label, _ in combination), strict=True))
-        here = [*shown.values(), str((grid.base | given).get("env"))]
+        here = [*shown.values(), str((grid.base | given | settings).get("env"))]
         set_here = [_word(key, value, here) for key, value in settings.items()]
         made.append(Cell(shown, (*base_words(grid, words), *set_here)))
     return made
@@ -135,9 +146,16 @@ def base_words(grid: Grid, words: Sequence[str]) -> list[str]:
     return [*(_word(key, value) for key, value in grid.base.items() if key not in given), *words]
 
 
+def common_words(grid: Grid, words: Sequence[str]) -> list[str]:
+    """The words of all cells."""
+    first, *others = cells(grid, words)
+    return [word for word in first.words if all(word in cell.words for cell in others)]
+
+
 def matches(row: Mapping[str, Any], cell: Cell) -> bool:
     """Whether a published row belongs to a cell."""
-    return all(cell.values.get(axis) == str(value) for axis, value in row.get("at", {}).items())
+    at = row.get("at", {}).items()
+    return all(axis in cell.values and _same(cell.values[axis], value) for axis, value in at)
 
 
 def published(grid: Grid, cell: Cell, metric: str) -> dict[str, str]:
@@ -163,6 +181,14 @@ def _points(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
 
 def _point(axis: str, value: Any) -> tuple[str, dict[str, Any]]:
     return str(value), {axis: value}
+
+
+def _same(point: str, value: Any) -> bool:
+    """Whether a point of an axis is what is meant: 1 is 1.0."""
+    try:
+        return float(point) == float(str(value))
+    except ValueError:
+        return point == str(value)
 
 
 def _word(key: str, value: Any, here: Sequence[str] = ()) -> str:

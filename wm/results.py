@@ -4,6 +4,7 @@ import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from wm.grid import Cell, Grid, matches, published
 from wm.tracking import git_commit
 from wm.trials import RETURNS, Trial, difference, returns_by_seed, together
 
+PICTURES = "pictures.png"
 RANDOM = "random/mean"  # drawn as a line beside the agents' scores
 SCORE = "eval/mean"
 TITLES = {  # of a figure's panels
@@ -61,7 +63,7 @@ def write_results(grid: Grid, trials: Sequence[Trial], command: str, folder: Pat
     files = [folder / "table.csv", folder / "table.md"]
     files.append(figures.save(draw(grid, rows), folder / "figure.png"))
     if grid.pictures and (shown := pictures(grid, rows)):
-        files.append(figures.save_small(figures.stacked(shown), folder / "pictures.png"))
+        files.append(figures.save_small(figures.stacked(shown), folder / PICTURES))
     return files
 
 
@@ -122,15 +124,20 @@ def said(by_author: Mapping[str, str]) -> str:
 def caption(rows: Sequence[Row]) -> str:
     """How many seeds and episodes a number stands for, and what is written around it."""
     seeds = [trial.seed for trial in rows[0].trials]
-    episodes = rows[0].trials[0].episodes
     return (
-        f"Training seeds: {len(seeds)} ({', '.join(map(str, seeds))}), {episodes} episodes each. "
+        f"Training seeds: {len(seeds)} ({', '.join(map(str, seeds))}), {episodes(rows)} each. "
         "Scores: mean ± standard deviation over episodes, and the "
         f"{CONFIDENCE:.0%} bootstrap interval of the mean over seeds and episodes. Other numbers: "
         "mean ± standard deviation over seeds, and their bootstrap interval where there are three "
         "(of three it is from the least to the greatest). With so few seeds every interval is a "
         "least width."
     )
+
+
+def episodes(rows: Sequence[Row]) -> str:
+    """How many a score is of."""
+    counts = sorted({trial.episodes for row in rows for trial in row.trials})
+    return f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} episodes"
 
 
 def settings(rows: Sequence[Row]) -> str:
@@ -223,6 +230,8 @@ def draw(grid: Grid, rows: Sequence[Row]) -> figures.Figure:
     """
     *others, last = grid.axes
     labels = list(dict.fromkeys(row.cell.values[last] for row in rows))
+    with suppress(ValueError):  # of names
+        labels.sort(key=float)
     series: dict[str, dict[str, Row]] = {}
     for row in rows:
         name = ", ".join(row.cell.values[axis] for axis in others if several(rows, axis))
@@ -236,9 +245,8 @@ def draw(grid: Grid, rows: Sequence[Row]) -> figures.Figure:
         }
         for metric, title in titles.items()
     }
-    trials = rows[0].trials
     says = (
-        f"{len(trials)} training seeds (rings), {trials[0].episodes} episodes each; "
+        f"{len(rows[0].trials)} training seeds (rings), {episodes(rows)} each; "
         f"bars: {CONFIDENCE:.0%} intervals"
     )
     returns = [title for metric, title in titles.items() if metric in RETURNS]
@@ -281,14 +289,19 @@ def pictures(grid: Grid, rows: Sequence[Row]) -> dict[str, Path]:
     stage_name, _, file = grid.pictures.partition("/")
     cells: dict[Path, list[Cell]] = {}
     for row in rows:
-        for stage in row.trials[0].pipeline.stages:
-            if stage.name == stage_name and (stage.folder / file).is_file():
+        named = [s for s in row.trials[0].pipeline.stages if s.name == stage_name]
+        for stage in named[-1:]:  # of the last round
+            if (stage.folder / file).is_file():
                 cells.setdefault(stage.folder / file, []).append(row.cell)
-    return {in_common(its): path for path, its in cells.items()}
+    every = [row.cell for row in rows]
+    return {in_common(its, every): path for path, its in cells.items()}
 
 
-def in_common(cells: Sequence[Cell]) -> str:
-    """The name of cells by the axes in which they agree."""
+def in_common(cells: Sequence[Cell], every: Sequence[Cell]) -> str:
+    """A name of some cells of all: the axes in which they agree, where no others do."""
     first, *others = (cell.values for cell in cells)
-    values = {axis: v for axis, v in first.items() if all(its[axis] == v for its in others)}
+    common = {item for item in first.items() if all(item in its.items() for its in others)}
+    if [cell for cell in every if common <= cell.values.items()] != list(cells):
+        return "; ".join(cell.name for cell in cells)
+    values = {axis: value for axis, value in first.items() if (axis, value) in common}
     return Cell(values, ()).name or "every cell"

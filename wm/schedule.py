@@ -6,6 +6,7 @@ holds up those that need it and no others.
 
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -54,7 +55,7 @@ class Task:
 
     @property
     def command(self) -> str:
-        return f"wm {self.stage.name} {' '.join(self.words)}"
+        return f"wm {self.stage.name} {shlex.join(self.words)}"
 
     @property
     def seconds(self) -> float:
@@ -96,6 +97,8 @@ def run_tasks(
                 process.join()
                 if done := task.stage.done:  # an exit code says little
                     unfinished.remove(task.stage.fingerprint)
+                else:
+                    _say_more(task.log, process.exitcode or 0)
                 yield task, done
     finally:
         _stop([process for process, _ in running.values()])
@@ -128,12 +131,21 @@ def _work(
     end_with_parent(signal.SIGTERM)
     if os.getppid() != owner:  # it has ended already
         sys.exit(1)
-    sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115 (to the process's end)
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115 (to the process's end)
     for stream in (1, 2):  # of libraries and of its own processes
         os.dup2(sys.stdout.fileno(), stream)
     if one_thread:
         torch.set_num_threads(1)
     run_stage(label, words)
+
+
+def _say_more(log: Path, exit_code: int) -> None:
+    """Add to the log of a failed stage what its process cannot have said."""
+    if exit_code > 0:
+        return
+    changed = "not the stage that was asked for: configuration or code has changed meanwhile"
+    with open(log, "a") as file:
+        print(f"killed by signal {-exit_code}" if exit_code else changed, file=file)
 
 
 def _stop(processes: list[BaseProcess]) -> None:
@@ -159,7 +171,11 @@ def similar_seconds(stage: Stage) -> float | None:
 
 
 def _amounts(config: Mapping[str, Any]) -> dict[str, int]:
-    return {key: value for key, value in config.items() if type(value) is int and key != "seed"}
+    return {
+        key: value
+        for key, value in config.items()
+        if type(value) is int and key.split(".")[-1] != "seed"
+    }
 
 
 @cache

@@ -244,15 +244,20 @@ class Tracker:
             yield StageRun(self.server, run_id, folder, record)
 
     def cell(
-        self, name: str, fingerprint: str, config: dict[str, Any], metrics: Mapping[str, float]
+        self,
+        name: str,
+        fingerprint: str,
+        config: dict[str, Any],
+        metrics: Mapping[str, float],
+        finished: bool,
     ) -> None:
-        """A run below a grid's parent: what was set, and what came of it; FAILED if nothing did."""
+        """A run below a grid's parent: what was set, and what came of it."""
         key = hashlib.sha256(fingerprint.encode()).hexdigest()[:12]
         folder = self.folder.with_name(f"{self.folder.name}-{key}")  # after its parent
         record = self._describe(name, {FINGERPRINT_TAG: key}, self.parent, config)
         run_id = self._open(record, folder, self.run_id)
         StageRun(self.server, run_id, folder, record).log_metrics(metrics)
-        self._end_run(run_id, record, folder, "FINISHED" if metrics else "FAILED")
+        self._end_run(run_id, record, folder, "FINISHED" if finished else "FAILED")
 
     def log_file(self, path: Path) -> None:
         """Put a file on the parent run, and beside its record."""

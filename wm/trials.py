@@ -1,8 +1,10 @@
 """One trial of a grid, a cell with a training seed, and what several say together."""
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -35,7 +37,7 @@ class Trial:
 
     @property
     def command(self) -> str:
-        return f"wm run {' '.join(self.pipeline.words)}"
+        return f"wm run {shlex.join(self.pipeline.words)}"
 
     @property
     def last(self) -> Stage:
@@ -52,7 +54,7 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        return self.last.done
+        return all(stage.done for stage in reversed(self.pipeline.stages))
 
     def fact(self, metric: str) -> float | None:
         """The last value of a metric, of the newest stage that knows it."""
@@ -66,10 +68,14 @@ class Trial:
 
     def returns(self, metric: str) -> list[float]:
         """The episodes whose mean a metric is."""
+        return read_returns(self.table(metric))
+
+    def table(self, metric: str) -> Path:
+        """The file of these episodes."""
         for stage in reversed(self.pipeline.stages):  # the first has thousands of files
             record = stage.record
             if record and metric in record["facts"]:
-                return read_returns(stage.folder / RETURNS[metric])
+                return stage.folder / RETURNS[metric]
         raise KeyError(metric)
 
     def metrics(self, names: Sequence[str]) -> dict[str, float]:
@@ -88,7 +94,8 @@ class Trial:
     def track(self, tracker: Tracker, names: Sequence[str]) -> None:
         """Its run below the grid's: every axis and the seed as parameters."""
         set_here = {**self.cell.values, "seed": self.seed}
-        tracker.cell(self.name, self.fingerprint, set_here, self.metrics(names))
+        metrics = self.metrics(names)
+        tracker.cell(self.name, self.fingerprint, set_here, metrics, self.finished)
 
 
 def together(trials: Sequence[Trial], metric: str) -> Score | None:
@@ -102,7 +109,8 @@ def together(trials: Sequence[Trial], metric: str) -> Score | None:
     if not known:
         return None
     if metric in RETURNS:
-        return score_of_seeds([trial.returns(metric) for trial, _ in known])
+        returns = {trial.table(metric): trial.returns(metric) for trial, _ in known}
+        return score_of_seeds([*returns.values()])  # once of what does not depend on the seed
     values = [value for _, value in known]
     if len(values) < LEAST_SEEDS:
         return Score(float(np.mean(values)), math.nan, math.nan, math.nan)
@@ -119,10 +127,12 @@ def difference(one: dict[int, list[float]], other: dict[int, list[float]]) -> Sc
     """How much more the other cell's episodes return, each than that of the same seed and game.
 
     None if the two, returns by training seed, have less than LEAST_SEEDS in common: trainings
-    differ more than chance in their games says.
+    differ more than chance in their games says. Of the games those count that all have played: the
+    first, as held-out seeds are one range.
     """
     seeds = sorted(one.keys() & other.keys())
     if len(seeds) < LEAST_SEEDS:
         return None
-    ours, theirs = (np.array([returns[seed] for seed in seeds]) for returns in (one, other))
+    games = min(len(returns[seed]) for returns in (one, other) for seed in seeds)
+    ours, theirs = (np.array([returns[seed][:games] for seed in seeds]) for returns in (one, other))
     return score_of_seeds(theirs - ours)

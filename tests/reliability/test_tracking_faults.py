@@ -104,7 +104,8 @@ def test_the_cells_of_a_grid_are_told_apart_later(tmp_path, free_port, monkeypat
     with Tracker(tmp_path, CONFIG, "a grid", None, "ablation-grid", "grid-smoke") as tracker:
         for heat in (0.5, 1.0):
             name = f"takecover, temperature {heat}"
-            tracker.cell(name, f"{name} abc", {"temperature": heat}, {"eval/mean": 100 * heat})
+            metrics = {"eval/mean": 100 * heat}
+            tracker.cell(name, f"{name} abc", {"temperature": heat}, metrics, True)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     sync(tmp_path)
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
