@@ -136,6 +136,8 @@ def test_what_is_not_there_to_work_on_is_refused_before_games_are_played(wm, own
         code, _, err = wm("run", "env=tiny", "scale=smoke", word)
         assert code == 2
         assert err.startswith(f"wm: {word}") and len(err.splitlines()) == 1
+    code, _, err = wm("run", "env=tiny", "scale=smoke", "vision.batch=100", "trainer.devices=3")
+    assert (code, err) == (2, "wm: 3 devices cannot share vision.batch=100 evenly\n")
     assert [path.name for path in own_folder.iterdir()] == ["taken"]
 
 

@@ -9,7 +9,7 @@ import vizdoom
 from wm.config import ConfigError, load
 from wm.envs import ElsewhereConfig, EnvConfig, make_env
 from wm.worldmodels.pipeline import Config
-from wm.worlds import World, read_lumps, require_world, write_scenario
+from wm.worlds import ORDINARY, World, read_lumps, require_world, write_scenario
 
 SCENARIO = Path(vizdoom.scenarios_path, "take_cover.wad")
 
@@ -86,6 +86,10 @@ def test_skill_changes_how_hard_the_game_is_and_not_how_it_looks(ordinary):
 def test_a_texture_that_is_not_there_is_refused_with_the_nearest(world, says):
     with pytest.raises(ConfigError, match=says):
         require_world("takecover", world)
+
+
+def test_a_world_says_what_is_different():
+    assert str(World(5, wall="STONE2")) == "skill 5, wall STONE2" and str(ORDINARY) == ""
 
 
 def test_only_take_cover_has_other_worlds():

@@ -303,7 +303,7 @@ class FiniteNumbers(Callback):
         if not tensor.isfinite().all():
             raise WMError(
                 f"{name} is not finite at step {trainer.global_step}; the last checkpoint is "
-                "sound: lower the learning rate and rerun"
+                "sound: a lower learning rate may help, if this goes on"
             )
 
 

@@ -25,6 +25,11 @@ class World:
     floor: str = "CRATOP1"
     ceiling: str = "CRATOP1"
 
+    def __str__(self) -> str:
+        """What is different."""
+        mine = vars(self).items()
+        return ", ".join(f"{name} {value}" for name, value in mine if value != vars(ORDINARY)[name])
+
 
 ORDINARY = World()  # that of training
 

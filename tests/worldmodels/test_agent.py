@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from wm import WMError
+from wm.config import ConfigError
 from wm.envs import as_vector, make_env
 from wm.rollout import rollout
 from wm.worldmodels.agent import Agent, AgentPlayer, find_agent, save_tensors
@@ -67,6 +68,19 @@ def test_tensors_that_do_not_fit_the_configuration_are_reported(folder, name):
     save_tensors(folder / f"{name}.safetensors", {"weights": torch.zeros(3)})
     with pytest.raises(WMError, match=f"{name}.safetensors"):
         Agent.load(folder)
+
+
+def test_scalars_in_place_of_starts_are_reported(folder):
+    scalars = {"latent": torch.tensor(1.0), "state": torch.tensor(1.0)}
+    save_tensors(folder / "starts.safetensors", scalars)
+    with pytest.raises(WMError, match=r"starts\.safetensors does not fit"):
+        Agent.load(folder)
+
+
+def test_dreams_that_an_agent_cannot_have_are_refused(make_agent):
+    agent = make_agent("carracing", {"cell": "gru"})
+    with pytest.raises(ConfigError, match=r"needs memory\.cell=lstm"):
+        agent.dreams(1, features="zhc")
 
 
 class Payload:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from wm.config import ConfigError
 from wm.envs import action_space
 from wm.worldmodels.controller import Controller, ControllerConfig, parameter_count, squash
 from wm.worldmodels.latent import feature_size
@@ -63,6 +64,11 @@ def test_actions_stay_in_the_games_space_for_any_raw_output(game, gas_limit):
         assert actions[:, 1].max().item() == pytest.approx(gas_limit)
         assert actions[:, 2].max() == 1.0
         assert actions[:, 2].min().item() == pytest.approx(0.05)
+
+
+def test_plain_evolution_strategies_try_pairs():
+    with pytest.raises(ConfigError, match=r"controller\.population=5 is odd"):
+        ControllerConfig(optimizer="es", population=5)
 
 
 def test_a_wrong_number_of_weights_is_refused():

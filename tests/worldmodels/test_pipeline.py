@@ -113,6 +113,15 @@ def test_a_bundle_says_where_its_agent_comes_from(tiny, tmp_path, monkeypatch):
     assert about.config.seed == 0 and "scale=smoke" in about.command and about.versions.commit
     with pytest.raises(WMError, match="collect-0 is not done"):
         bundle.bundle([*tiny.words, "seed=1", f"runs={tiny.folder / 'made'}"])
+    path = tiny.stage("controller-0").folder / "agent" / "vision.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        with pytest.raises(WMError, match=r"vision.safetensors is damaged"):
+            bundle.bundle([*tiny.words, f"runs={tiny.folder / 'made'}"])
+    finally:
+        path.write_bytes(whole)
+    assert len(list((tmp_path / "tiny").iterdir())) == 6 and len(list(tmp_path.iterdir())) == 2
 
 
 @each_game
@@ -394,15 +403,16 @@ def test_an_agent_is_scored_by_the_id_of_its_run(tiny, capsys):
     assert (after.status, after.end_time) == ("FINISHED", parent.info.end_time)
 
 
-def test_an_agent_scored_from_its_folder_is_tracked_as_what_it_is(tiny):
+@pytest.mark.parametrize("part", ["agent", ""])
+def test_an_agent_scored_from_its_folder_is_tracked_as_what_it_is(part, tiny):
     controller = tiny.stage("controller-0").folder
-    runs = tiny.folder / "elsewhere"
-    pipeline.evaluate_run(str(controller / "agent"), [*SMOKE, f"runs={runs}"])
+    runs = tiny.folder / f"elsewhere{part}"
+    pipeline.evaluate_run(str(controller / part), [*SMOKE, f"runs={runs}"])
     client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
     found = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     (parent,) = (run for run in found if "mlflow.parentRunId" not in run.data.tags)
     assert parent.info.run_name == f"tiny, {controller.name}/agent"
-    assert parent.data.params["agent"] == str(controller / "agent")
+    assert parent.data.params["agent"] == str(controller / part)
     assert parent.data.params["memory.mixtures"] == "5" and "seed" not in parent.data.params
     facts = tiny.stage("evaluate").record["facts"]
     assert parent.data.metrics["eval/mean"] == facts["eval/mean"]

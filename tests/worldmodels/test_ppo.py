@@ -2,6 +2,7 @@
 and practice in the real game.
 """
 
+import math
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -102,6 +103,36 @@ def test_before_the_first_step_the_gradient_is_that_of_the_policy(learner):
         torch.testing.assert_close(mine, expected)
 
 
+@pytest.mark.parametrize(
+    "ratio, advantage, learns",
+    [(1.5, 1.0, False), (1.5, -1.0, True), (0.5, 1.0, True), (0.5, -1.0, False)],
+)
+def test_what_has_changed_enough_is_only_changed_back(ratio, advantage, learns, learner):
+    module = learner()
+    dreamt = dream(module)
+    seen, raw = dreamt.features[:-1].flatten(0, 1), dreamt.raw.flatten(0, 1)
+    old = (module.log_probability(seen, raw) - math.log(ratio)).detach()
+    nothing = torch.zeros(len(raw))
+    loss = module.loss(seen, raw, old, nothing, nothing + advantage, nothing)
+    assert loss.item() == pytest.approx(
+        -(ratio if learns else 1 + math.copysign(0.2, advantage)) * advantage, abs=1e-4
+    )
+    gradient, _ = torch.autograd.grad(loss, [module.mean, module.spread])
+    assert gradient.any() == learns
+
+
+def test_the_critic_tells_its_unit_times_the_chance_of_having_lived_so_long(learner):
+    module = learner()
+    torch.nn.init.zeros_(module.critic[2].weight)
+    torch.nn.init.constant_(module.critic[2].bias, 2.0)
+    seen, raw = torch.randn(3, module.agent.config.features), torch.zeros(3, 1)
+    old, nothing = module.log_probability(seen, raw).detach(), torch.zeros(3)
+    alive = torch.tensor([1.0, 0.5, 0.0])
+    for target, error in (([2.0, 1.0, 0.0], 0.0), ([1.0, 0.0, 0.0], 2 / 3)):
+        loss = module.loss(seen, raw, old, alive, nothing, VALUE * torch.tensor(target))
+        assert loss.item() == pytest.approx(error)
+
+
 def train(module, folder, iterations=6):
     fit(module, StepsData(int, [0], iterations, 2), folder, TrainerConfig("cpu"), [])
     return module
@@ -144,8 +175,12 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(learner, tmp_path)
     assert not torch.equal(whole.mean, learner().mean)
 
 
-def test_a_critic_begins_the_same_whatever_was_drawn_before(learner):
-    one, other = learner(), learner()  # make_agent has drawn in between
+def test_a_critic_begins_the_same_whatever_was_drawn_before(make_agent):
+    agent, made = make_agent(**SETTINGS), []
+    for drawn in (1, 2):
+        torch.manual_seed(drawn)
+        made.append(PPO(agent, None, seeds_of, real_game, ()))
+    one, other = made
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 

@@ -50,6 +50,8 @@ def test_encoding_a_store_again_replaces_what_an_interrupted_run_left(tmp_path, 
     store = EpisodeStore([tmp_path])
     encode_store(vision, store, tmp_path / "latents")
     first = np.array(Latents(tmp_path / "latents").mean)
+    (tmp_path / ".latents").mkdir()
+    (tmp_path / ".latents" / "mean.npy").write_text("half of it")
     encode_store(vision, store, tmp_path / "latents")
     assert first.shape == (store.total_frames, vision.config.latent)
     np.testing.assert_array_equal(Latents(tmp_path / "latents").mean, first)
@@ -218,3 +220,8 @@ def test_only_take_covers_actions_are_moves():
 def test_a_dream_without_what_tells_good_from_bad_is_refused(game, head):
     with pytest.raises(ConfigError, match=head):
         AgentConfig(EnvConfig(game), memory=MemoryConfig(**{head: False}))
+
+
+def test_dreams_of_a_reward_head_that_has_learnt_nothing_are_refused():
+    with pytest.raises(ConfigError, match=r"memory\.reward_weight"):
+        AgentConfig(EnvConfig("carracing"), memory=MemoryConfig(reward_weight=0.0))

@@ -5,7 +5,7 @@ The files are safetensors and YAML, so that reading a stranger's agent runs no c
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,8 +59,9 @@ class AgentConfig:
                     "controller.fitness=real"
                 )
             if not self.dreams_pay:
+                weight = ", and memory.reward_weight" if self.paying_head == "reward_head" else ""
                 raise ConfigError(
-                    f"controller.fitness=dream needs memory.{self.paying_head}=true here"
+                    f"controller.fitness=dream needs memory.{self.paying_head}=true{weight} here"
                 )
             if self.paying_head == "end_head" and self.controller.end == "never":
                 raise ConfigError("controller.end=never pays every candidate the same here")
@@ -86,6 +87,8 @@ class AgentConfig:
 
     @property
     def dreams_pay(self) -> bool:
+        if self.paying_head == "reward_head" and self.memory.reward_weight == 0:
+            return False  # it has learnt nothing
         return getattr(self.memory, self.paying_head)
 
 
@@ -142,7 +145,8 @@ class Agent:
         state = (len(self.memory.zero_state(1)), self.config.memory.hidden)
         fits = {
             "controller": self.weights.shape == (self.config.parameters,),
-            "starts": 0 < len(self.starts.latent) == len(self.starts.state)
+            "starts": self.starts.latent.ndim == 2
+            and 0 < len(self.starts.latent) == len(self.starts.state)
             and self.starts.latent.shape[1:] == (self.config.vision.latent,)
             and self.starts.state.shape[1:] == state,
         }
@@ -157,8 +161,13 @@ class Agent:
         return Controller(config.controller, config.env.name, *sizes, weights.float())
 
     def dreams(self, num_envs: int, compiled: bool = False, **changes: Any) -> DreamEnv:
-        """Its dreams, with changes to the controller's settings, for instance temperature=1.15."""
+        """Its dreams, with changes to the controller's settings, for instance temperature=1.15.
+
+        Raises:
+            ConfigError: if the agent cannot have them.
+        """
         config = merge(ControllerConfig, plain(self.config.controller), changes)
+        replace(self.config, controller=config)  # which refuses
         env, models = self.config.env, (self.memory, self.starts)
         return DreamEnv(*models, config, env.name, num_envs, self.vision, env.repeat, compiled)
 

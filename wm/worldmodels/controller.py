@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wm.config import added, bounded
+from wm.config import ConfigError, added, bounded
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ControllerConfig:
     )
     action_noise: float = bounded(0.0, 0.0)  # standard deviation on C's actions in the dream
     precision: Literal["32-true", "bf16-true"] = "32-true"  # of the dream's matrix products
-    part: int = bounded(512, 1)  # dreams that a process steps together; smaller use more cores
+    part: int = bounded(512, 1)  # dreams stepped together, one candidate's at least, on a core
 
     optimizer: Literal["cma", "es", "ppo"] = "cma"  # ppo: by gradients; see ppo.py
     population: int = bounded(64, 4)
@@ -45,6 +45,13 @@ class ControllerConfig:
     validate_every: int = bounded(10, 1)  # generations between scores in the real game
     validation_episodes: int = bounded(8, 1)
     keep: Literal["best", "mean"] = "best"  # by validation score, also between rounds; or the last
+
+    def __post_init__(self) -> None:
+        if self.optimizer == "es" and self.population % 2:
+            raise ConfigError(
+                "controller.optimizer=es tries candidates in pairs, and "
+                f"controller.population={self.population} is odd"
+            )
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from wm.worldmodels.agent import FILES, Agent, AgentConfig, AgentPlayer, find_ag
 from wm.worldmodels.controller import ControllerConfig, TuningConfig
 from wm.worldmodels.mdnrnn import MemoryConfig
 from wm.worldmodels.vae import VisionConfig
-from wm.worlds import require_world
+from wm.worlds import ORDINARY, require_world
 
 PARITY_SEEDS = 20
 MOST_WEIGHTS = 10_000  # of CMA-ES, whose covariance of these takes 0.8 GB
@@ -73,7 +73,8 @@ class Config:
     def tuned(self) -> AgentConfig:
         """Of the agent that goes on in the real game."""
         real = replace(self.controller, fitness="real", **asdict(self.tuning))
-        return replace(self.agent, controller=real)
+        known = self if self.rounds > 1 else without_later(self)
+        return replace(known.agent, controller=real)
 
     def __post_init__(self) -> None:
         agent = self.tuned if self.tuning.generations else self.agent  # which refuse, too
@@ -164,7 +165,7 @@ def result_config(config: Config) -> dict[str, Any]:
 
 def run(words: Sequence[str]) -> None:
     """All stages; those that are done are skipped. Ends with the table of scores."""
-    config, words, repair = begin(words)
+    config, words, repair = begin(words, trains=True)
     graph = stages(config)
     if not graph[-1].done:
         measured = f"scale={config.scale} takes about {config.minutes} minutes on 2 cores"
@@ -184,7 +185,7 @@ def run_only(name: str, words: Sequence[str]) -> None:
         WMError: if there are none, or not even the first can be done, saying which command makes
             what is missing.
     """
-    config, words, repair = begin(words)
+    config, words, repair = begin(words, trains=name in ("vision", "memory"))
     graph = stages(config)
     names = (name, "baseline") if name == "evaluate" else (name,)
     chosen = [stage for stage in graph if stage.name in names]
@@ -198,7 +199,7 @@ def run_only(name: str, words: Sequence[str]) -> None:
         for stage in chosen:
             missing = [needed.label for needed in stage.inputs.values() if not needed.done]
             if stage.round and missing:
-                print(f"{stage.label}: waits for {missing[0]}")
+                print(f"{stage.label}: not begun, as {missing[0]} is not there; `wm run` makes it")
                 return
             run_stage(stage, tracker, words, repair)
         if all(stage.done for stage in graph):  # episodes may have been deleted since
@@ -207,14 +208,21 @@ def run_only(name: str, words: Sequence[str]) -> None:
         print_results(config, graph)
 
 
-def begin(words: Sequence[str]) -> tuple[Config, list[str], bool]:
+def begin(words: Sequence[str], trains: bool) -> tuple[Config, list[str], bool]:
     """The configuration, the words without `--repair`, and whether it was among them.
 
     With several devices it comes to this in as many processes.
+
+    Args:
+        trains: V or M, whose batches the devices must be able to share.
     """
     repair, words = REPAIR in words, [word for word in words if word != REPAIR]
     config = load(Config, words)
-    if repair and config.trainer.devices * config.trainer.num_nodes > 1:
+    ranks = config.trainer.devices * config.trainer.num_nodes
+    for name, batch in (("vision", config.vision.batch), ("memory", config.memory.batch)):
+        if trains and batch % ranks:
+            raise ConfigError(f"{ranks} devices cannot share {name}.batch={batch} evenly")
+    if repair and ranks > 1:
         raise WMError(f"{REPAIR} works alone: leave out trainer.devices and trainer.num_nodes")
     require_accelerator(config.trainer.accelerator)
     gather(config.trainer.devices, config.trainer.num_nodes)
@@ -238,7 +246,7 @@ def evaluate_run(run: str, words: Sequence[str]) -> None:
     Raises:
         WMError: if there is no such agent, or a word would change it.
     """
-    settings, words, repair = begin(words)
+    settings, words, repair = begin(words, trains=False)
     source = find_agent(run, Path(settings.runs))
     its = Agent.load(source).config
     require_scoring(words, its.env.name)
@@ -254,7 +262,7 @@ def evaluate_run(run: str, words: Sequence[str]) -> None:
         _stage(config, "baseline", work.play_baseline, {}, baseline(config)),
         _stage(config, "evaluate", work.evaluate_agent, {"controller": agent}, evaluation),
     ]
-    run_id = None if source == Path(run) else run
+    run_id = None if Path(run).is_dir() else run
     name = f"{its.env.name}, {source.parent.name}/{source.name}"
     shown = {"agent": run, **plain(its), "evaluate": covered(config.evaluate)}
     with open_tracker(config, graph, run_id, shown, name) as tracker:
@@ -290,6 +298,7 @@ def compare_simulators(run: str | None, words: Sequence[str]) -> None:
     config = load(Config, ["env=carracing", *words])
     env, players = config.env, {"random walk": RandomPlayer("brownian")}
     if run:
+        require_scoring(words, "carracing")
         folder = find_agent(run, Path(config.runs))
         env, players["agent"] = Agent.load(folder).config.env, AgentPlayer(folder)
     require_envpool(env)
@@ -335,7 +344,8 @@ def scores(graph: Sequence[Stage]) -> dict[str, float]:
 def print_results(config: Config, graph: Sequence[Stage]) -> None:
     record = {stage.name: stage.record for stage in graph}
     rows = {"random policy": ("baseline", "random"), "our agent": ("evaluate", "eval")}
-    print(f"\n{config.env.name}, {config.evaluate.episodes} held-out episodes")
+    where = "" if config.evaluate.world == ORDINARY else f", {config.evaluate.world}"
+    print(f"\n{config.env.name}, {config.evaluate.episodes} held-out episodes{where}")
     print(f"{'':16}{'mean':>9}{'std':>9}   95 % interval of the mean")
     for title, (stage, name) in rows.items():
         facts = record[stage]["facts"]

@@ -14,6 +14,7 @@ from wm.ranks import leads
 from wm.stages import read_manifest
 from wm.tracking import StageRun
 from wm.training import TrainerConfig
+from wm.worlds import ORDINARY, World
 
 # Mean and standard deviation over 100 episodes; Ha & Schmidhuber 2018 (arXiv 1809.01999), tables 1
 # and 2, and Olesen et al. 2020: who, where the controller's fitness came from, and the score.
@@ -101,7 +102,7 @@ def write_report(
     page = PAGE.render(
         title=f"World Models: {config['env']['name']}, scale {config['scale']}",
         headline=f"Seed {config['seed']}, {config['rounds']} round(s). "
-        "Scores are returns in the official game on held-out seeds.",
+        f"Scores are returns in the official game{_elsewhere(config)} on held-out seeds.",
         scores=[*published(config), *measured(config, records, inputs)],
         times=times(records, cost),
         pictures=list(_pictures(inputs)),
@@ -112,6 +113,11 @@ def write_report(
     write_atomically(folder / "report.html", page)
     run.log_file(folder / "report.html")
     return cost
+
+
+def _elsewhere(config: dict[str, Any]) -> str:
+    world = World(**config["evaluate"].get("world", {}))
+    return "" if world == ORDINARY else f" with another world ({world}; not that of training)"
 
 
 def published(config: dict[str, Any]) -> list[dict[str, Any]]:
