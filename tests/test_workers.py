@@ -1,6 +1,7 @@
 """Processes that play: any number gives the same, and a dead or stuck one changes nothing."""
 
 import os
+import signal
 import time
 from functools import partial
 
@@ -18,6 +19,10 @@ SEEDS = range(20, 26)
 
 def die():
     os._exit(1)
+
+
+def own_process(item):
+    return os.getpid()
 
 
 def err():
@@ -50,6 +55,16 @@ def test_a_process_that_dies_or_hangs_is_replaced_and_nothing_changes(harm, work
     played = list(workers.map(partial(play, TINY, player), chunks, timeout=3.0))
     assert played == [play(TINY, RandomPlayer("uniform"), chunk) for chunk in chunks]
     assert player.attempts > len(chunks)  # it did happen
+
+
+@pytest.mark.parametrize("pause", [0.0, 1.0])  # before and after the pool has noticed
+def test_a_process_that_dies_with_nothing_to_do_is_replaced(pause):
+    with Workers(1) as pool:
+        (process,) = pool.map(own_process, [0], timeout=60.0)
+        os.kill(process, signal.SIGKILL)
+        time.sleep(pause)
+        first, second = pool.map(own_process, [0, 1], timeout=60.0)
+        assert first == second != process
 
 
 def test_a_game_that_always_dies_is_given_up_and_named(workers, tmp_path):

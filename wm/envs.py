@@ -9,8 +9,9 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import cv2
 import gymnasium as gym
@@ -166,6 +167,8 @@ class TakeCover(gym.Env):
         os.environ |= {"WM_ENGINE": vizdoom.exe_path, "WM_GAME": str(os.getpid())}  # to vizdoom.sh
         with contextlib.chdir(self.scratch.name):  # the engine makes a folder where it is started
             game.init()
+        # A pool's process that is told to end runs this, and nothing else of ours.
+        self.end = Finalize(self, _end_game, (game, self.scratch), exitpriority=1)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
@@ -185,8 +188,13 @@ class TakeCover(gym.Env):
         return self.frame, reward, dead, finished and not dead, {}
 
     def close(self):
-        self.game.close()
-        self.scratch.cleanup()
+        self.end()
+
+
+def _end_game(game: Any, scratch: tempfile.TemporaryDirectory) -> None:
+    """End ViZDoom's engine, and remove its files."""
+    game.close()
+    scratch.cleanup()
 
 
 def catch(config: EnvConfig) -> gym.Env:

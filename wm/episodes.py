@@ -158,7 +158,7 @@ ENTRY_KINDS = {
 
 def _checked(entry: EpisodeIndex) -> EpisodeIndex:
     check_kinds(vars(entry), ENTRY_KINDS)
-    if entry.steps < 1 or not math.isfinite(entry.episode_return):
+    if entry.steps < 1 or not -math.inf < entry.episode_return < math.inf:
         raise ValueError(f"an episode of {entry.steps} steps, {entry.episode_return} reward")
     return entry
 

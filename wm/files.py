@@ -10,6 +10,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
+from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def read_text(path: Path) -> str:
     Raises:
         OSError, ValueError: if there is none, or it is too large or no text.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file, but a folder or a device")
     if path.stat().st_size > LARGEST_TEXT:
         raise ValueError(f"it is larger than {LARGEST_TEXT >> 20} MB")
     return path.read_text()
@@ -101,6 +104,8 @@ def cannot_write(path: Path, need: int, error: Exception) -> WMError:
     """What to say when `need` bytes did not go to a path; a full disk is named with its space."""
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
     reason = getattr(error, "strerror", None) or error
+    if isinstance(error, OSError) and error.errno not in (ENOSPC, EDQUOT, EFBIG):
+        return WMError(f"cannot write {path}: {reason}")
     free = shutil.disk_usage(folder).free
     return WMError(
         f"cannot write {path}: {reason}; it needs {size(need)} and {folder} has {size(free)} "

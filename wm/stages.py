@@ -27,6 +27,8 @@ from wm.ranks import is_led, leads, led
 
 DONE = "DONE.json"
 CHECKPOINTS = "checkpoints"
+CLOCK = ".seconds"  # what interrupted runs took
+LOCK = ".lock"  # of a stage that has been begun
 GLANCE = 0.2  # seconds between two looks for what another rank makes
 METRICS = "metrics.jsonl"  # what the stage has measured: reports are made from it
 MANIFEST = {  # what DONE.json holds, and of which kind
@@ -191,7 +193,7 @@ def run_stage(
 
 def _locked(stage: Stage, wait: bool) -> AbstractContextManager:
     """The lock of a stage's folder, held until its context ends."""
-    lock = FileLock(stage.folder / ".lock")
+    lock = FileLock(stage.folder / LOCK)
     try:
         return lock.acquire(timeout=0)
     except Timeout:
@@ -223,10 +225,11 @@ def _remove(stage: Stage, paths: list[Path]) -> None:
         path.unlink(missing_ok=True)
     if stage.folder / METRICS in paths:
         shutil.rmtree(stage.folder / CHECKPOINTS, ignore_errors=True)
+        (stage.folder / CLOCK).unlink(missing_ok=True)
 
 
 def _work(stage: Stage, tracker: Any) -> None:
-    clock = stage.folder / ".seconds"
+    clock = stage.folder / CLOCK
     before, busy_before = _earlier_seconds(clock)
     started = time.time()
     inputs = {role: needed.folder for role, needed in stage.inputs.items()}

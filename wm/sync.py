@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from requests import HTTPError
 
 from wm import WMError
 from wm.config import flat, one_line
@@ -33,6 +34,7 @@ from wm.server import (
 )
 from wm.tracking import RECORDS, read_metrics
 
+RUN_ID = 32  # letters of MLflow's names of runs
 METRICS_PER_CALL = 1000  # the limit of MLflow's batch call
 
 
@@ -40,8 +42,10 @@ def sync(runs: Path) -> None:
     """Send what is missing of all runs in a folder, parents first.
 
     Raises:
-        WMError: if MLflow does not answer.
+        WMError: if there is no such folder, or MLflow does not answer.
     """
+    if not runs.is_dir():
+        raise WMError(f"there is no folder {runs}")
     uri = tracking_uri(runs)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     parents, sent = {}, 0  # runs by the folders of their records
@@ -69,8 +73,8 @@ def _sync_unlocked(client: MlflowClient, runs: Path, folder: Path, parents: dict
             return _sync_run(client, runs, folder, record, parents)
     except Timeout:
         print(f"{folder}: another process is working in it", file=sys.stderr)
-    except WMError as error:
-        print(error, file=sys.stderr)
+    except (WMError, HTTPError) as error:  # of a server that answers, and does not take it
+        print(f"{folder}: {one_line(error)}", file=sys.stderr)
     return 0
 
 
@@ -80,6 +84,8 @@ def _sync_run(
     artifacts = inside(runs / "artifacts", record.experiment)
     experiment = open_experiment(client, record.experiment, artifacts)
     parent = parents.get(record.parent, record.parent)
+    if parent and len(parent) != RUN_ID:  # the folder of a record that could not be read
+        raise WMError(f"left out, as its parent's record in {runs / RECORDS / parent} was not sent")
     found = find_run(client, experiment, tags_below(record, parent))
     run_id = found or new_run(client, experiment, record, parent)
     parents[folder.name] = run_id

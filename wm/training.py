@@ -243,8 +243,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None):
         path, data = Path(path), io.BytesIO()
         path.parent.mkdir(parents=True, exist_ok=True)
-        for partial in path.parent.glob(f".*{path.suffix}.*"):  # of a process killed amid this
-            partial.unlink()
+        for suffix in (path.suffix, _hash_file(path).suffix):
+            for partial in path.parent.glob(f".*{suffix}.*"):  # of a process killed amid this
+                partial.unlink()
         torch.save(checkpoint, data)
         write_atomically(path, data.getvalue())
         write_atomically(_hash_file(path), hashlib.sha256(data.getvalue()).hexdigest())

@@ -10,13 +10,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from gymnasium.vector import VectorEnv
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from wm import WMError
 from wm.envs import EnvConfig, as_vector, make_env
@@ -118,7 +119,7 @@ class Workers:
         Raises:
             WMError: after ATTEMPTS failures of one item, naming it.
         """
-        futures = [self.pool.schedule(task, args=(item,), timeout=timeout) for item in items]
+        futures = [self._schedule(task, item, timeout) for item in items]
         for item, future in zip(items, futures, strict=True):
             for attempt in range(1, ATTEMPTS + 1):
                 try:
@@ -132,8 +133,14 @@ class Workers:
                             f"{name(item)} failed {ATTEMPTS} times: "
                             f"{type(failure).__name__} {failure}"
                         ) from failure
-                    future = self.pool.schedule(task, args=(item,), timeout=timeout)
+                    future = self._schedule(task, item, timeout)
             yield result
+
+    def _schedule(self, task: Callable, item: Any, timeout: float) -> ProcessFuture:
+        if not self.pool.active:  # a process died that had nothing to do, and with it the pool
+            self.__exit__()
+            self.__enter__()
+        return self.pool.schedule(task, args=(item,), timeout=timeout)
 
     def task_size(self, games: int) -> int:
         """How many of so many games share the start of a simulator, and are played in turn."""
@@ -160,7 +167,7 @@ class Workers:
 
 def _of_the_game(failure: Exception) -> bool:
     """Whether a process or a game's engine was lost: ViZDoom says so by errors of its own."""
-    lost = isinstance(failure, ProcessExpired | TimeoutError)
+    lost = isinstance(failure, ProcessExpired | BrokenProcessPool | TimeoutError)
     return lost or type(failure).__module__.startswith("vizdoom")
 
 

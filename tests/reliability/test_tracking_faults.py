@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from requests import HTTPError
 
 from wm import WMError
 from wm.server import FINGERPRINT_TAG, HASTE, RECORD
@@ -116,6 +117,47 @@ def test_the_cells_of_a_grid_are_told_apart_later(tmp_path, free_port, monkeypat
         ({"temperature": "1.0"}, {"eval/mean": 100.0}),
     ]
     assert {run.data.tags["mlflow.parentRunId"] for run in rest} == {parent.info.run_id}
+
+
+def test_below_a_record_that_cannot_be_read_nothing_is_sent(
+    tmp_path, free_port, monkeypatch, capsys
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port}")
+    with Tracker(tmp_path, CONFIG, "a grid", None, "ablation-grid", "grid-smoke") as tracker:
+        tracker.cell("cold", "cold abc", {"temperature": 0.5}, {"eval/mean": 50.0}, True)
+    whole = (tracker.folder / RECORD).read_bytes()
+    (tracker.folder / RECORD).write_text("half of it")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    sync(tmp_path)
+    assert "left out, as its parent's record" in capsys.readouterr().err
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    grid = client.get_experiment_by_name("ablation-grid").experiment_id
+    assert client.search_runs([grid]) == []
+    (tracker.folder / RECORD).write_bytes(whole)
+    sync(tmp_path)
+    assert len(client.search_runs([grid])) == 2
+
+
+def test_a_file_that_a_server_does_not_take_holds_up_no_other(tmp_path, monkeypatch, capsys):
+    for name in ("large", "small"):
+        with Tracker(tmp_path, CONFIG, name, None, "files", name) as tracker:
+            (tmp_path / f"{name}.txt").write_text(name)
+            tracker.log_file(tmp_path / f"{name}.txt")
+    (tmp_path / "mlflow.db").unlink()
+    usual = MlflowClient.log_artifact
+
+    def log_artifact(self, run_id, path, under=None):
+        if path.endswith("large.txt"):
+            raise HTTPError("413 Request Entity Too Large")
+        usual(self, run_id, path, under)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", log_artifact)
+    sync(tmp_path)
+    assert "413 Request Entity Too Large" in capsys.readouterr().err
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("files").experiment_id])
+    sent = {run.info.run_name: client.list_artifacts(run.info.run_id) for run in runs}
+    assert "small.txt" in [file.path for file in sent["small"]]
 
 
 def test_killed_amid_a_run_and_back_later(tmp_path, free_port, serve, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from wm import WMError
 from wm.config import ConfigError
 from wm.envs import as_vector, make_env
 from wm.rollout import rollout
+from wm.stages import DONE, LOCK
 from wm.worldmodels.agent import Agent, AgentPlayer, find_agent, save_tensors
 
 TENSORS = ["vision", "memory", "controller", "starts"]
@@ -122,6 +123,11 @@ def test_a_configuration_that_is_not_one_is_reported(folder, text, error):
 def test_a_folder_is_found_as_itself_and_an_empty_one_holds_no_agent(folder, tmp_path):
     assert find_agent(str(folder)) == folder
     assert folder.name == "agent" and find_agent(str(folder.parent)) == folder  # of its stage
+    (tmp_path / LOCK).touch()
+    with pytest.raises(WMError, match="is not done: its agent still learns"):
+        find_agent(folder)
+    (tmp_path / DONE).touch()
+    assert find_agent(folder) == folder
     (tmp_path / "empty").mkdir()
     for look in (Agent.load, find_agent):
         with pytest.raises(WMError, match="holds no agent"):

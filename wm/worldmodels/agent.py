@@ -21,6 +21,7 @@ from wm.config import ConfigError, from_yaml, merge, plain, to_yaml
 from wm.envs import EnvConfig, action_space
 from wm.files import inside, write_atomically
 from wm.rollout import NoisyPolicy, Policy
+from wm.stages import DONE, LOCK
 from wm.worldmodels.controller import Controller, ControllerConfig, parameter_count
 from wm.worldmodels.dream import DreamEnv, SingleDream, Starts
 from wm.worldmodels.latent import LatentEnv, feature_size
@@ -199,10 +200,12 @@ def find_agent(run: str | Path, runs: Path = Path("runs")) -> Path:
     """The folder of an agent: given as such, as its stage's, or as the id of an MLflow run.
 
     Raises:
-        WMError: if neither a folder nor a run with an agent is found.
+        WMError: if neither a folder nor a run with an agent is found, or its stage is not done.
     """
     for folder in (Path(run), Path(run) / "agent"):  # of a stage
         if (folder / "config.yaml").is_file():
+            if (folder.parent / LOCK).is_file() and not (folder.parent / DONE).is_file():
+                raise WMError(f"{folder.parent} is not done: its agent still learns")
             return folder
     if Path(run).is_dir():
         raise WMError(f"{run} holds no agent (config.yaml is missing)")

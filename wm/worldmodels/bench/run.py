@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from wm.files import write_atomically
-from wm.tracking import Tracker
+from wm.tracking import Tracker, make_runs
 from wm.workers import Workers
 from wm.worldmodels.bench.compare import PAIRS, Comparison
 from wm.worldmodels.bench.dreams import dreams
@@ -23,7 +23,8 @@ from wm.worldmodels.bench.training import Loggers, training
 def bench(runs: Path) -> None:
     """All comparisons and tables, on the screen, in bench.json and in MLflow."""
     started, path = time.time(), runs / "bench" / "bench.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_runs(runs)
+    path.parent.mkdir(exist_ok=True)
     settings = {"env": {"name": "bench"}, "scale": "bench", "seed": 0}
     fingerprint = f"bench {started}"  # measured anew every time
     with (
