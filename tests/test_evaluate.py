@@ -123,6 +123,19 @@ def test_an_interrupted_evaluation_plays_nothing_twice(tmp_path):
     assert [path.name for path in tmp_path.glob("*.csv")] == ["episodes.csv"]
 
 
+def test_what_one_process_has_played_is_known_to_two(tmp_path, as_rank):
+    table = tmp_path / "episodes.csv"
+    with pytest.raises(KeyboardInterrupt):
+        held_out(Counter(4), table)  # of seven
+    as_rank(1, 2)
+    assert len(held_out(Counter(1), table)) == 3
+    as_rank(0, 2)
+    assert held_out(Counter(2), table) == play(TINY, RandomPlayer("uniform"), held_out_seeds(7))
+    assert [path.name for path in tmp_path.glob("*.csv")] == ["episodes.csv"]
+    as_rank(1, 2)
+    assert len(held_out(Counter(0), table)) == 7  # late: all is done
+
+
 @pytest.mark.parametrize("lost", [False, True])
 def test_the_leader_has_every_ranks_outcomes_and_plays_those_of_a_lost_one(
     lost, workers, tmp_path, as_rank

@@ -4,7 +4,6 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from wm.worlds import ORDINARY, World
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+SHARES = ".share-*.csv"  # of ranks, until all is played
 EPISODES, DREAMS = "episodes.csv", "dreams.csv"  # the outcomes that scores are of
 
 
@@ -98,25 +98,25 @@ def play_seeds(
 
     A rank that does not lead leaves the outcomes of its share beside the table, and gets no others.
     """
-    if table.exists():
-        return read_outcomes(table)
-    played: dict[Path, list[Outcome]] = {}
+    played: list[Outcome] = []
     for kept, share in shares(table.parent, seeds):
-        path = table.parent / f"{kept}.csv"
-        done = read_outcomes(path) if path.exists() else []
-        known = {outcome.seed for outcome in done}
+        if table.exists():
+            return read_outcomes(table)
+        path, earlier = table.parent / f"{kept}.csv", table.parent.glob(SHARES)  # on other ranks
+        known = {outcome.seed: outcome for its in earlier for outcome in read_outcomes(its)}
+        done = [known[seed] for seed in share if seed in known]
         left = workers.play(env, player, [seed for seed in share if seed not in known])
         bar = tqdm(left, name, len(share), initial=len(done), unit="episode", disable=not leads())
         for outcome in bar:
             done.append(outcome)
             write_outcomes(path, done)
-        played[path] = done
-    outcomes = sorted(chain.from_iterable(played.values()), key=lambda outcome: outcome.seed)
+        played += done
+    played.sort(key=lambda outcome: outcome.seed)
     if leads():
-        write_outcomes(table, outcomes)
-        for path in played:
-            path.unlink(missing_ok=True)
-    return outcomes
+        write_outcomes(table, played)
+        for path in table.parent.glob(SHARES):
+            path.unlink()
+    return played
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:

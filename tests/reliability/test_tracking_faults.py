@@ -138,12 +138,15 @@ def test_below_a_record_that_cannot_be_read_nothing_is_sent(
     assert len(client.search_runs([grid])) == 2
 
 
-def test_a_file_that_a_server_does_not_take_holds_up_no_other(tmp_path, monkeypatch, capsys):
+def test_a_file_that_a_server_does_not_take_holds_up_no_other(
+    tmp_path, free_port, monkeypatch, capsys
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port}")
     for name in ("large", "small"):
         with Tracker(tmp_path, CONFIG, name, None, "files", name) as tracker:
             (tmp_path / f"{name}.txt").write_text(name)
             tracker.log_file(tmp_path / f"{name}.txt")
-    (tmp_path / "mlflow.db").unlink()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     usual = MlflowClient.log_artifact
 
     def log_artifact(self, run_id, path, under=None):
