@@ -67,6 +67,18 @@ def test_a_process_that_dies_with_nothing_to_do_is_replaced(pause):
         assert first == second != process
 
 
+def test_a_game_that_is_stopped_leaves_no_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with Workers(1) as pool:
+        endless = (EnvConfig("takecover"), RandomPlayer("uniform"), range(10_000))
+        future = pool.pool.schedule(play, args=endless)
+        while not list(tmp_path.glob("vizdoom-*/*")):
+            assert not future.done()
+            time.sleep(0.1)
+        time.sleep(1.0)  # amid a game
+    assert list(tmp_path.glob("vizdoom-*")) == []
+
+
 def test_a_game_that_always_dies_is_given_up_and_named(workers, tmp_path):
     player = Saboteur(die, tmp_path / "diary", times=10**6)
     with pytest.raises(WMError, match=rf"a game at \[41, 42\] failed {ATTEMPTS} times"):
