@@ -78,9 +78,10 @@ def _launch(processes: int) -> NoReturn:
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_END))
-    words = ["--standalone", f"--nproc-per-node={processes}", "-m", "wm", *sys.argv[1:]]
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # they are all on this machine
+    options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
     try:
-        torchrun.run(torchrun.parse_args(words))
+        torchrun.run(torchrun.parse_args([*options, "-m", "wm", *sys.argv[1:]]))
     except SignalException as stopped:
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
