@@ -9,7 +9,7 @@ import pytest
 
 from wm import WMError, tracking
 from wm.config import flat
-from wm.server import tracking_uri
+from wm.server import RunRecord, tracking_uri
 from wm.stages import Stage
 from wm.tracking import LocalRecord, Tracker, download_agent, read_metrics
 
@@ -104,6 +104,15 @@ def test_a_run_ends_as_it_went(failure, ending, runs, parent, stage):
     ):
         raise failure
     assert status(tracker, run.run_id) == status(tracker, tracker.run_id) == ending
+
+
+def test_a_run_of_which_more_is_to_come_is_scheduled(runs, parent, stage):
+    unfinished = Tracker(runs, CONFIG, parent, finished=lambda: False)
+    with unfinished as tracker, tracker.stage(stage) as run:
+        pass
+    assert status(tracker, tracker.run_id) == "SCHEDULED"
+    assert status(tracker, run.run_id) == "FINISHED"
+    assert RunRecord.load(tracker.folder).status == "SCHEDULED"
 
 
 def test_the_same_fingerprint_goes_on_in_the_same_runs(runs, parent, stage):

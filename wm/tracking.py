@@ -177,6 +177,7 @@ class Tracker:
         run_id: an existing run to be the parent instead; it keeps its own end.
         experiment: another than the game's, for what is no pipeline.
         name: of the parent run.
+        finished: whether all is done when this ends, else the run is SCHEDULED: some is to come.
     """
 
     def __init__(
@@ -187,6 +188,7 @@ class Tracker:
         run_id: str | None = None,
         experiment: str | None = None,
         name: str | None = None,
+        finished: Callable[[], bool] = lambda: True,
     ):
         make_runs(runs)
         self.config, self.experiment = config, experiment or config["env"]["name"]
@@ -202,7 +204,9 @@ class Tracker:
             self.experiment_id = self._attempt(open_experiment, self.experiment, self.artifacts)
             self.run_id = run_id or self._open(self.record, self.folder)
         self._end: AbstractContextManager[None] = (
-            nullcontext() if run_id else self._ending(self.run_id, self.record, self.folder)
+            nullcontext()
+            if run_id
+            else self._ending(self.run_id, self.record, self.folder, finished)
         )
 
     def _describe(
@@ -265,11 +269,17 @@ class Tracker:
         StageRun(self.server, self.run_id, self.folder, self.record).log_file(kept)
 
     @contextmanager
-    def _ending(self, run_id: str | None, record: RunRecord, folder: Path) -> Iterator[None]:
+    def _ending(
+        self,
+        run_id: str | None,
+        record: RunRecord,
+        folder: Path,
+        finished: Callable[[], bool] = lambda: True,
+    ) -> Iterator[None]:
         status = "KILLED"
         try:
             yield
-            status = "FINISHED"
+            status = "FINISHED" if finished() else "SCHEDULED"
         except Exception:
             status = "FAILED"
             raise
