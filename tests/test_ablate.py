@@ -218,12 +218,14 @@ def test_what_words_ask_for_leaves_the_results_of_the_file_alone(grid, runs):
 
 
 def test_a_word_chooses_a_point_that_the_scale_leaves_out(grid, own_folder, capsys):
-    small = "{base: {memory.mixtures: 4}, axes: {vision.beta: [0.1]}}"
+    small = "{base: {memory.mixtures: 4}, axes: {vision.beta: [0.1, 3]}}"
     text = GRID.replace("{base: {memory.mixtures: 4}}", small)
     (own_folder / f"{grid.name}.yaml").write_text(text)
     grid("--dry-run", "seeds=[0]", "vision.beta=1")
     output = capsys.readouterr().out
     assert "beta 1, temperature 1.0, seed 0" in output and "beta 0.1" not in output
+    grid("--dry-run", "seeds=[0]", "vision.beta=3")  # which only the scale has
+    assert "beta 3, temperature 1.0, seed 0" in capsys.readouterr().out
 
 
 def test_a_metric_that_nothing_has_measured_is_named(grid, own_folder, capsys):

@@ -100,7 +100,7 @@ def test_a_shard_that_cannot_be_finished_leaves_nothing(step, tmp_path, monkeypa
 
 
 def test_a_disk_that_fills_up_amid_the_frames_leaves_nothing(tmp_path, disk_full):
-    with disk_full(20_000), pytest.raises(WMError, match="cannot write") as refusal:
+    with disk_full(20_000), pytest.raises(WMError, match="free some disk") as refusal:
         write_shard(tmp_path / "collect" / "shard-1", [random_episode(1, 3)])
     assert "None" not in str(refusal.value)
     assert os.listdir(tmp_path / "collect") == []

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from wm import WMError
 from wm.config import ConfigError, bounded, dotlist, load, merge, plain
-from wm.grid import Grid, at_scale, cells, choose, common_words, read_grid
+from wm.grid import Grid, at_scale, base_words, cells, choose, common_words, read_grid
 from wm.ranks import gather
 from wm.results import PICTURES, write_results
 from wm.schedule import Pipeline, Task, last_lines, missing_tasks, run_tasks
@@ -124,9 +124,8 @@ def make_plan(family: Family, words: Sequence[str]) -> Plan:
         if near := difflib.get_close_matches(key, names, n=1, cutoff=0.7):
             raise ConfigError(f"unknown key '{key}'; did you mean '{near[0]}'?")
     options = merge(Options, dotlist(chosen))
-    known = choose(whole, whole, points)
-    scale = load(family.Config, common_words(known, others)).scale
-    grid = choose(at_scale(whole, scale), whole, points)
+    scale = [word for word in base_words(whole, others) if word.startswith("scale=")]
+    grid = choose(at_scale(whole, load(family.Config, scale).scale), whole, points)
     base = load(family.Config, common_words(grid, others))
     require_accelerator(base.trainer.accelerator)
     gather(1, 1)  # its processes are its own: ranks that others have started would do the same

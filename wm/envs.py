@@ -153,6 +153,8 @@ class TakeCover(gym.Env):
         game.set_episode_timeout(config.max_steps)
         game.set_window_visible(False)
         self.scratch = tempfile.TemporaryDirectory(prefix="vizdoom-")
+        # A pool's process that is told to end runs this, and nothing else of ours.
+        self.end_game = Finalize(self, _end_game, (game, self.scratch), exitpriority=1)
         if config.world != ORDINARY:
             scenario = Path(self.scratch.name, "take_cover.wad")
             write_scenario(config.world, Path(vizdoom.scenarios_path, scenario.name), scenario)
@@ -167,8 +169,6 @@ class TakeCover(gym.Env):
         os.environ |= {"WM_ENGINE": vizdoom.exe_path, "WM_GAME": str(os.getpid())}  # to vizdoom.sh
         with contextlib.chdir(self.scratch.name):  # the engine makes a folder where it is started
             game.init()
-        # A pool's process that is told to end runs this, and nothing else of ours.
-        self.end = Finalize(self, _end_game, (game, self.scratch), exitpriority=1)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
@@ -188,7 +188,7 @@ class TakeCover(gym.Env):
         return self.frame, reward, dead, finished and not dead, {}
 
     def close(self):
-        self.end()
+        self.end_game()
 
 
 def _end_game(game: Any, scratch: tempfile.TemporaryDirectory) -> None:

@@ -96,14 +96,14 @@ def play_seeds(
 ) -> list[Outcome]:
     """One episode per seed, in the order of the seeds, and in the table; none is played twice.
 
-    A rank that does not lead leaves the outcomes of its share beside the table, and gets no others.
+    A rank that does not lead leaves the outcomes of its share beside the table, and gets no others
+    but where the table is there.
     """
     played: list[Outcome] = []
     for kept, share in shares(table.parent, seeds):
-        if table.exists():
+        path, known = table.parent / f"{kept}.csv", _played_so_far(table.parent)
+        if table.exists():  # then the leader may be about to remove the shares
             return read_outcomes(table)
-        path, earlier = table.parent / f"{kept}.csv", table.parent.glob(SHARES)  # on other ranks
-        known = {outcome.seed: outcome for its in earlier for outcome in read_outcomes(its)}
         done = [known[seed] for seed in share if seed in known]
         left = workers.play(env, player, [seed for seed in share if seed not in known])
         bar = tqdm(left, name, len(share), initial=len(done), unit="episode", disable=not leads())
@@ -117,6 +117,18 @@ def play_seeds(
         for path in table.parent.glob(SHARES):
             path.unlink()
     return played
+
+
+def _played_so_far(folder: Path) -> dict[int, Outcome]:
+    """What any number of ranks has left here, by seed; the leader removes it when all is played."""
+    known = {}
+    for path in folder.glob(SHARES):
+        try:
+            known |= {outcome.seed: outcome for outcome in read_outcomes(path)}
+        except WMError:
+            if path.exists():
+                raise
+    return known
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:

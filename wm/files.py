@@ -104,7 +104,7 @@ def cannot_write(path: Path, need: int, error: Exception) -> WMError:
     """What to say when `need` bytes did not go to a path; a full disk is named with its space."""
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
     reason = getattr(error, "strerror", None) or error
-    if isinstance(error, OSError) and error.errno not in (ENOSPC, EDQUOT, EFBIG):
+    if isinstance(error, OSError) and error.errno not in (None, ENOSPC, EDQUOT, EFBIG):
         return WMError(f"cannot write {path}: {reason}")
     free = shutil.disk_usage(folder).free
     return WMError(

@@ -34,7 +34,7 @@ from wm.server import (
 )
 from wm.tracking import RECORDS, read_metrics
 
-RUN_ID = 32  # letters of MLflow's names of runs
+RUN_ID_LETTERS = 32  # of MLflow; the folder of a record has fewer
 METRICS_PER_CALL = 1000  # the limit of MLflow's batch call
 
 
@@ -73,7 +73,7 @@ def _sync_unlocked(client: MlflowClient, runs: Path, folder: Path, parents: dict
             return _sync_run(client, runs, folder, record, parents)
     except Timeout:
         print(f"{folder}: another process is working in it", file=sys.stderr)
-    except (WMError, HTTPError) as error:  # of a server that answers, and does not take it
+    except WMError as error:
         print(f"{folder}: {one_line(error)}", file=sys.stderr)
     return 0
 
@@ -84,7 +84,7 @@ def _sync_run(
     artifacts = inside(runs / "artifacts", record.experiment)
     experiment = open_experiment(client, record.experiment, artifacts)
     parent = parents.get(record.parent, record.parent)
-    if parent and len(parent) != RUN_ID:  # the folder of a record that could not be read
+    if parent and len(parent) != RUN_ID_LETTERS:  # the folder of a record that could not be read
         raise WMError(f"left out, as its parent's record in {runs / RECORDS / parent} was not sent")
     found = find_run(client, experiment, tags_below(record, parent))
     run_id = found or new_run(client, experiment, record, parent)
@@ -97,14 +97,24 @@ def _sync_run(
     values = list(_missing_values(client, run_id, folder))
     for first in range(0, len(values), METRICS_PER_CALL):
         client.log_batch(run_id, values[first : first + METRICS_PER_CALL])
-    files = list(_missing_files(client, run_id, folder, record))
-    for path, under in files:
-        client.log_artifact(run_id, str(path), under)
     if record.status not in ("RUNNING", run.info.status):
         client.set_terminated(run_id, record.status)
+    files = [
+        _send(client, run_id, *file) for file in _missing_files(client, run_id, folder, record)
+    ]
     if values or files:
-        print(f"{record.name}: {len(values)} values and {len(files)} files sent")
-    return len(values) + len(files)
+        print(f"{record.name}: {len(values)} values and {sum(files)} of {len(files)} files sent")
+    return len(values) + sum(files)
+
+
+def _send(client: MlflowClient, run_id: str, path: Path, under: str | None) -> bool:
+    """Whether a server that answers takes a file: a web server before it may find it too large."""
+    try:
+        client.log_artifact(run_id, str(path), under)
+    except HTTPError as error:
+        print(f"{path}: {one_line(error)}", file=sys.stderr)
+        return False
+    return True
 
 
 def _name_agent(client: MlflowClient, folder: Path, parents: dict[str, str]) -> None:

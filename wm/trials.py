@@ -22,7 +22,7 @@ RETURNS = {  # metrics that are means over episodes, and the file in which their
 LEAST_SEEDS = 3  # of an interval over training seeds alone, of a difference, of what is published
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Trial:
     """A cell with one training seed."""
 
@@ -30,6 +30,7 @@ class Trial:
     seed: int
     episodes: int  # of a score
     pipeline: Pipeline
+    was_finished: bool = False  # once it is, nobody looks at its thousands of files again
 
     @property
     def name(self) -> str:
@@ -54,7 +55,9 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        return all(stage.done for stage in reversed(self.pipeline.stages))
+        stages = reversed(self.pipeline.stages)
+        self.was_finished = self.was_finished or all(stage.done for stage in stages)
+        return self.was_finished
 
     def fact(self, metric: str) -> float | None:
         """The last value of a metric, of the newest stage that knows it."""

@@ -137,10 +137,12 @@ class Workers:
             yield result
 
     def _schedule(self, task: Callable, item: Any, timeout: float) -> ProcessFuture:
-        if not self.pool.active:  # a process died that had nothing to do, and with it the pool
+        try:
+            return self.pool.schedule(task, args=(item,), timeout=timeout)
+        except RuntimeError:  # a process died that had nothing to do, and with it the pool
             self.__exit__()
             self.__enter__()
-        return self.pool.schedule(task, args=(item,), timeout=timeout)
+            return self.pool.schedule(task, args=(item,), timeout=timeout)
 
     def task_size(self, games: int) -> int:
         """How many of so many games share the start of a simulator, and are played in turn."""

@@ -82,6 +82,7 @@ def test_dreams_that_an_agent_cannot_have_are_refused(make_agent):
     agent = make_agent("carracing", {"cell": "gru"})
     with pytest.raises(ConfigError, match=r"needs memory\.cell=lstm"):
         agent.dreams(1, features="zhc")
+    make_agent("takecover").dreams(1, end="never")  # which teach nothing, and may be wanted
 
 
 class Payload:

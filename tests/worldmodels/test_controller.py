@@ -67,7 +67,7 @@ def test_actions_stay_in_the_games_space_for_any_raw_output(game, gas_limit):
 
 
 def test_plain_evolution_strategies_try_pairs():
-    with pytest.raises(ConfigError, match=r"controller\.population=5 is odd"):
+    with pytest.raises(ConfigError, match="a population of 5 is odd"):
         ControllerConfig(optimizer="es", population=5)
 
 

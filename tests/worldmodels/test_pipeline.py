@@ -113,14 +113,17 @@ def test_a_bundle_says_where_its_agent_comes_from(tiny, tmp_path, monkeypatch):
     assert about.config.seed == 0 and "scale=smoke" in about.command and about.versions.commit
     with pytest.raises(WMError, match="collect-0 is not done"):
         bundle.bundle([*tiny.words, "seed=1", f"runs={tiny.folder / 'made'}"])
-    path = tiny.stage("controller-0").folder / "agent" / "vision.safetensors"
+    folder = tiny.stage("controller-0").folder
+    path = folder / "agent" / "vision.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    os.utime(folder / DONE)  # in this process it has been read before, and was sound
     try:
         with pytest.raises(WMError, match=r"vision.safetensors is damaged"):
             bundle.bundle([*tiny.words, f"runs={tiny.folder / 'made'}"])
     finally:
         path.write_bytes(whole)
+        os.utime(folder / DONE)
     assert len(list((tmp_path / "tiny").iterdir())) == 6 and len(list(tmp_path.iterdir())) == 2
 
 

@@ -168,7 +168,7 @@ class Agent:
             ConfigError: if the agent cannot have them.
         """
         config = merge(ControllerConfig, plain(self.config.controller), changes)
-        replace(self.config, controller=config)  # which refuses
+        replace(self.config, controller=replace(config, fitness="real"))  # which refuses
         env, models = self.config.env, (self.memory, self.starts)
         return DreamEnv(*models, config, env.name, num_envs, self.vision, env.repeat, compiled)
 
@@ -204,8 +204,10 @@ def find_agent(run: str | Path, runs: Path = Path("runs")) -> Path:
     """
     for folder in (Path(run), Path(run) / "agent"):  # of a stage
         if (folder / "config.yaml").is_file():
-            if (folder.parent / LOCK).is_file() and not (folder.parent / DONE).is_file():
-                raise WMError(f"{folder.parent} is not done: its agent still learns")
+            stage = folder.parent
+            begun = folder.name == "agent" and (stage / LOCK).is_file()
+            if begun and not (stage / DONE).is_file():
+                raise WMError(f"{stage} is not done: its agent still learns")
             return folder
     if Path(run).is_dir():
         raise WMError(f"{run} holds no agent (config.yaml is missing)")
@@ -233,7 +235,7 @@ def make_dreams(
         raise WMError(f"{run} dreams of {agent.config.env.name}, not of {game}")
     if not agent.config.dreams_pay:
         lack = agent.config.paying_head.replace("_", " ")
-        raise WMError(f"M of {run} has no {lack}: its dreams pay the same whatever is done")
+        raise WMError(f"M of {run} has no trained {lack}: its dreams pay the same whatever is done")
     return agent.dreams(num_envs, **changes)
 
 

@@ -30,7 +30,7 @@ def pretrained(game: str) -> str:
         WMError: if there is none, naming those that there are.
     """
     if not (PRETRAINED / game / "config.yaml").is_file():
-        there = ", ".join(sorted(path.parent.name for path in PRETRAINED.glob("*/config.yaml")))
+        there = ", ".join(sorted(path.parent.name for path in PRETRAINED.glob("[!.]*/config.yaml")))
         raise WMError(f"there is no pretrained agent '{game}'; there are: {there or 'none'}")
     return str(PRETRAINED / game)
 

@@ -49,8 +49,7 @@ class ControllerConfig:
     def __post_init__(self) -> None:
         if self.optimizer == "es" and self.population % 2:
             raise ConfigError(
-                "controller.optimizer=es tries candidates in pairs, and "
-                f"controller.population={self.population} is odd"
+                f"controller.optimizer=es tries pairs: a population of {self.population} is odd"
             )
 
 

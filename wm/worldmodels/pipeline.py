@@ -73,8 +73,7 @@ class Config:
     def tuned(self) -> AgentConfig:
         """Of the agent that goes on in the real game."""
         real = replace(self.controller, fitness="real", **asdict(self.tuning))
-        known = self if self.rounds > 1 else without_later(self)
-        return replace(known.agent, controller=real)
+        return replace(self.agent, controller=real)
 
     def __post_init__(self) -> None:
         agent = self.tuned if self.tuning.generations else self.agent  # which refuse, too
@@ -109,7 +108,7 @@ def stages(config: Config) -> list[Stage]:
         graph += [collect, V["vision"], M["memory"], C["controller"]]
     if config.tuning.generations:
         r = config.rounds
-        evolved = {"config": config.tuned, "seed": seed, "round": r}
+        evolved = {"config": now.tuned, "seed": seed, "round": r}
         C = {"controller": make("controller", work.evolve_controller, data | V | M | C, evolved, r)}
         graph.append(C["controller"])
     elif config.rounds > 1 and config.controller.keep == "best":
@@ -165,7 +164,7 @@ def result_config(config: Config) -> dict[str, Any]:
 
 def run(words: Sequence[str]) -> None:
     """All stages; those that are done are skipped. Ends with the table of scores."""
-    config, words, repair = begin(words, trains=True)
+    config, words, repair = begin(words, ("vision", "memory"))
     graph = stages(config)
     if not graph[-1].done:
         measured = f"scale={config.scale} takes about {config.minutes} minutes on 2 cores"
@@ -185,7 +184,7 @@ def run_only(name: str, words: Sequence[str]) -> None:
         WMError: if there are none, or not even the first can be done, saying which command makes
             what is missing.
     """
-    config, words, repair = begin(words, trains=name in ("vision", "memory"))
+    config, words, repair = begin(words, (name,))
     graph = stages(config)
     names = (name, "baseline") if name == "evaluate" else (name,)
     chosen = [stage for stage in graph if stage.name in names]
@@ -208,19 +207,19 @@ def run_only(name: str, words: Sequence[str]) -> None:
         print_results(config, graph)
 
 
-def begin(words: Sequence[str], trains: bool) -> tuple[Config, list[str], bool]:
+def begin(words: Sequence[str], names: Sequence[str]) -> tuple[Config, list[str], bool]:
     """The configuration, the words without `--repair`, and whether it was among them.
 
     With several devices it comes to this in as many processes.
 
     Args:
-        trains: V or M, whose batches the devices must be able to share.
+        names: of stages; V and M have batches, which the devices must be able to share.
     """
     repair, words = REPAIR in words, [word for word in words if word != REPAIR]
     config = load(Config, words)
     ranks = config.trainer.devices * config.trainer.num_nodes
     for name, batch in (("vision", config.vision.batch), ("memory", config.memory.batch)):
-        if trains and batch % ranks:
+        if name in names and batch % ranks:
             raise ConfigError(f"{ranks} devices cannot share {name}.batch={batch} evenly")
     if repair and ranks > 1:
         raise WMError(f"{REPAIR} works alone: leave out trainer.devices and trainer.num_nodes")
@@ -246,7 +245,7 @@ def evaluate_run(run: str, words: Sequence[str]) -> None:
     Raises:
         WMError: if there is no such agent, or a word would change it.
     """
-    settings, words, repair = begin(words, trains=False)
+    settings, words, repair = begin(words, ())
     source = find_agent(run, Path(settings.runs))
     its = Agent.load(source).config
     require_scoring(words, its.env.name)
