@@ -304,7 +304,7 @@ class FiniteNumbers(Callback):
         if not tensor.isfinite().all():
             raise WMError(
                 f"{name} is not finite at step {trainer.global_step}; the last checkpoint is "
-                "sound: a lower learning rate may help, if this goes on"
+                "sound: rerun, if this goes on with a lower learning rate"
             )
 
 

@@ -243,7 +243,7 @@ def test_many_dreams_are_made_by_name(saved, game, name):
 
 def test_dreams_that_teach_nothing_are_not_handed_out(make_agent, tmp_path):
     make_agent("carracing", {"reward_head": False}, fitness="real").save(tmp_path)
-    with pytest.raises(WMError, match="no reward head: its dreams pay the same"):
+    with pytest.raises(WMError, match="no trained reward head: its dreams pay the same"):
         gym.make("wm/CarRacingDream-v0", run=tmp_path)
 
 
