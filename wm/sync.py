@@ -62,7 +62,7 @@ def sync(runs: Path) -> None:
         raise WMError(
             f"MLflow at {uri} does not answer ({one_line(error)}); try again{if_damaged(uri)}"
         ) from None
-    print(f"{uri}: {sent} values and files sent" if sent else f"{uri}: nothing was missing")
+    print(f"{uri}: {sent} values and files sent" if sent else f"{uri}: nothing was sent")
 
 
 def _sync_unlocked(client: MlflowClient, runs: Path, folder: Path, parents: dict[str, str]) -> int:
@@ -73,7 +73,7 @@ def _sync_unlocked(client: MlflowClient, runs: Path, folder: Path, parents: dict
             return _sync_run(client, runs, folder, record, parents)
     except Timeout:
         print(f"{folder}: another process is working in it", file=sys.stderr)
-    except WMError as error:
+    except (WMError, HTTPError) as error:  # that of a web server before it, which answers
         print(f"{folder}: {one_line(error)}", file=sys.stderr)
     return 0
 

@@ -304,7 +304,7 @@ class FiniteNumbers(Callback):
         if not tensor.isfinite().all():
             raise WMError(
                 f"{name} is not finite at step {trainer.global_step}; the last checkpoint is "
-                "sound: rerun, if this goes on with a lower learning rate"
+                "sound: rerun; if this goes on, with a lower learning rate"
             )
 
 

@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ class Trial:
     seed: int
     episodes: int  # of a score
     pipeline: Pipeline
-    was_finished: bool = False  # once it is, nobody looks at its thousands of files again
+    was_finished: bool = field(default=False, init=False)  # then nobody looks at its files again
 
     @property
     def name(self) -> str:

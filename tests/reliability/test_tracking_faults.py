@@ -83,7 +83,7 @@ def test_absent_from_the_start(tmp_path, free_port, monkeypatch, capsys):
     check_told_once(f"sqlite:///{tmp_path}/mlflow.db", vision)
     capsys.readouterr()
     sync(tmp_path)
-    assert "nothing was missing" in capsys.readouterr().out
+    assert "nothing was sent" in capsys.readouterr().out
     check_told_once(f"sqlite:///{tmp_path}/mlflow.db", vision)
 
 
@@ -144,8 +144,9 @@ def test_a_file_that_a_server_does_not_take_holds_up_no_other(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port}")
     for name in ("large", "small"):
         with Tracker(tmp_path, CONFIG, name, None, "files", name) as tracker:
-            (tmp_path / f"{name}.txt").write_text(name)
-            tracker.log_file(tmp_path / f"{name}.txt")
+            for file in (f"{name}.txt", "other.txt"):
+                (tmp_path / file).write_text(name)
+                tracker.log_file(tmp_path / file)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     usual = MlflowClient.log_artifact
 
@@ -159,8 +160,13 @@ def test_a_file_that_a_server_does_not_take_holds_up_no_other(
     assert "413 Request Entity Too Large" in capsys.readouterr().err
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("files").experiment_id])
-    sent = {run.info.run_name: client.list_artifacts(run.info.run_id) for run in runs}
-    assert "small.txt" in [file.path for file in sent["small"]]
+    sent = {
+        run.info.run_name: {file.path for file in client.list_artifacts(run.info.run_id)}
+        for run in runs
+    }
+    assert {"other.txt", "small.txt"} <= sent["small"]
+    assert "other.txt" in sent["large"] and "large.txt" not in sent["large"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
 
 
 def test_killed_amid_a_run_and_back_later(tmp_path, free_port, serve, monkeypatch, capsys):
@@ -182,7 +188,7 @@ def test_killed_amid_a_run_and_back_later(tmp_path, free_port, serve, monkeypatc
     with serve(free_port, tmp_path, options):
         sync(tmp_path / "runs")
         sync(tmp_path / "runs")
-        assert "nothing was missing" in capsys.readouterr().out.splitlines()[-1]
+        assert "nothing was sent" in capsys.readouterr().out.splitlines()[-1]
         check_told_once(uri, vision)
 
 
@@ -265,4 +271,4 @@ def test_four_pipelines_at_once_on_a_fresh_database(start, tmp_path, capsys):
             assert {point.step: point.value for point in points} == pytest.approx(history)
             assert len(points) == (folder / METRICS).read_text().count(f'"{name}": ')
     sync(runs)
-    assert "nothing was missing" in capsys.readouterr().out
+    assert "nothing was sent" in capsys.readouterr().out

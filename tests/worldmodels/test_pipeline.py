@@ -287,6 +287,8 @@ def test_tuning_goes_on_in_the_real_game_with_the_same_models_and_is_scored(tiny
     names = "fitness", "generations", "population", "episodes", "validate_every"
     assert [settings[name] for name in names] == ["real", 3, 6, 4, 5]
     assert first.config["config"]["controller"]["population"] != 6
+    later = "memory.later_steps=7", "vision.later_steps=7"  # after one round there is none
+    assert tiny.stage("controller-1", *words, *later).fingerprint == tuned.fingerprint
     judged = tiny.stage("evaluate", *words).inputs
     assert [stage.label for stage in judged.values()] == ["controller-1"]
 
@@ -479,13 +481,15 @@ def test_a_run_that_was_killed_and_repeated_ends_as_if_it_had_not_been(interrupt
 
 
 def test_stage_by_stage_a_pipeline_ends_with_the_scores_of_a_run(interrupted, tiny, capsys):
-    words = [*TINY, f"runs={interrupted.folder / 'made'}"]
+    words, statuses = [*TINY, f"runs={interrupted.folder / 'made'}"], []
     for name in ("controller", "evaluate", "report"):
         pipeline.run_only(name, words)
+        _, parent = find_parent(interrupted.folder / "made", stages(load(Config, words)))
+        statuses.append(parent.info.status)
+    assert statuses == ["SCHEDULED", "SCHEDULED", "FINISHED"]
     mean = tiny.stage("evaluate").record["facts"]["eval/mean"]
     shown = re.search(r"^our agent +([\d.]+)", capsys.readouterr().out, re.MULTILINE)
     assert float(shown[1]) == round(mean, 1)
-    _, parent = find_parent(interrupted.folder / "made", stages(load(Config, words)))
     assert parent.data.metrics["eval/mean"] == mean
 
 

@@ -321,8 +321,14 @@ def open_tracker(
     if not leads():
         return Silence()
     shown, last = shown or result_config(config), graph[-1]
-    where = Path(config.runs), shown, last.fingerprint, run_id
-    return Tracker(*where, name=name, finished=lambda: last.done)
+    return Tracker(
+        Path(config.runs),
+        shown,
+        last.fingerprint,
+        run_id,
+        name=name,
+        finished=lambda: last.done,
+    )
 
 
 def scored_controller(graph: Sequence[Stage]) -> Stage:
