@@ -108,6 +108,8 @@ class LocalRecord(Logger):
         try:
             with open(self.path, "a") as file:
                 file.write("\n" + line)
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint that outlives a power cut counts on it
         except OSError as error:
             raise cannot_write(self.path, len(line), error) from error
 
