@@ -94,7 +94,7 @@ def play_held_out(
 def play_seeds(
     env: EnvConfig, player: Player, seeds: Sequence[int], workers: Workers, name: str, table: Path
 ) -> list[Outcome]:
-    """One episode per seed, in the order of the seeds, and in the table; none is played twice.
+    """One episode per seed, in the order of the seeds, and in the table; what is recorded stays.
 
     A rank that does not lead leaves the outcomes of its share beside the table, and gets no others
     but where the table is there.
