@@ -107,7 +107,7 @@ def test_a_run_ends_as_it_went(failure, ending, runs, parent, stage):
 
 
 def test_a_run_of_which_more_is_to_come_is_scheduled(runs, parent, stage):
-    unfinished = Tracker(runs, CONFIG, parent, finished=lambda: False)
+    unfinished = Tracker(runs, CONFIG, parent, all_done=lambda: False)
     with unfinished as tracker, tracker.stage(stage) as run:
         pass
     assert status(tracker, tracker.run_id) == "SCHEDULED"

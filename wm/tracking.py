@@ -179,7 +179,7 @@ class Tracker:
         run_id: an existing run to be the parent instead; it keeps its own end.
         experiment: another than the game's, for what is no pipeline.
         name: of the parent run.
-        finished: whether all is done when this ends, else the run is SCHEDULED: some is to come.
+        all_done: whether it is, asked when this ends; else the run is SCHEDULED: some is to come.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Tracker:
         run_id: str | None = None,
         experiment: str | None = None,
         name: str | None = None,
-        finished: Callable[[], bool] = lambda: True,
+        all_done: Callable[[], bool] = lambda: True,
     ):
         make_runs(runs)
         self.config, self.experiment = config, experiment or config["env"]["name"]
@@ -208,7 +208,7 @@ class Tracker:
         self._end: AbstractContextManager[None] = (
             nullcontext()
             if run_id
-            else self._ending(self.run_id, self.record, self.folder, finished)
+            else self._ending(self.run_id, self.record, self.folder, all_done)
         )
 
     def _describe(
@@ -276,12 +276,12 @@ class Tracker:
         run_id: str | None,
         record: RunRecord,
         folder: Path,
-        finished: Callable[[], bool] = lambda: True,
+        all_done: Callable[[], bool] = lambda: True,
     ) -> Iterator[None]:
         status = "KILLED"
         try:
             yield
-            status = "FINISHED" if finished() else "SCHEDULED"
+            status = "FINISHED" if all_done() else "SCHEDULED"
         except Exception:
             status = "FAILED"
             raise

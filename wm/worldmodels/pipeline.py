@@ -327,7 +327,7 @@ def open_tracker(
         last.fingerprint,
         run_id,
         name=name,
-        finished=lambda: last.done,
+        all_done=lambda: last.done,
     )
 
 
